@@ -1,0 +1,538 @@
+# %% [markdown]
+# # Teach Qwen2-VL to read formulas
+# Fine-tune a 4-bit vision-language model with LoRA adapters to turn the picture of a formula into LaTeX, and measure
+# the difference on pictures it never trained on. Read it top to bottom, run it top to bottom:
+#
+# - on a GPU: `python finetune_qwen_vl.py`
+# - anywhere, in minutes, without a network: `python finetune_qwen_vl.py --config demo/config.yaml`
+
+# %% [markdown]
+# ## Install
+# Only a notebook runs this cell; for a terminal there is `requirements.txt`. The torch that is here already stays, and
+# xformers comes in the version made for it (if there is none, Unsloth does without).
+
+# %%
+# !pip freeze | grep -E "^torch(vision|audio)?==" > /tmp/torch-here.txt
+# %pip install -q -c /tmp/torch-here.txt unsloth==2026.10.7 unsloth_zoo==2026.10.7 transformers==5.17.0 trl==1.14.2
+# %pip install -q -c /tmp/torch-here.txt peft==0.21.2 bitsandbytes==0.50.2 accelerate==1.15.0 datasets==4.8.5
+# %pip install -q -c /tmp/torch-here.txt pillow==12.3.0 rapidfuzz==3.14.6
+# %pip install -q -c /tmp/torch-here.txt --only-binary xformers "xformers<0.0.35"
+
+# %% [markdown]
+# ## Settings
+# Every number of the recipe. In a terminal each one is an option (`--lora_r 32`, or a line of the file named by
+# `--config`), and so is every other option of TRL's `SFTConfig`. In a notebook, change them here.
+
+# %%
+import hashlib
+import io
+import json
+import logging
+import os
+import random
+import sys
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+# Compiling takes a minute before the first step and wins nothing back in 30 steps (README, "What was measured").
+os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
+# Unsloth writes patched copies of its libraries: into the user's cache rather than the working directory.
+os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path.home() / ".cache" / "unsloth_compiled"))
+for library in ("torchao", "bitsandbytes", "transformers.trainer_utils"):  # they warn of what does not matter here
+    logging.getLogger(library).setLevel(logging.ERROR)
+
+import torch
+
+if torch.cuda.is_available():
+    from unsloth import FastVisionModel  # before transformers, TRL and PEFT, which it patches
+else:
+    FastVisionModel = None
+
+import yaml
+from accelerate.utils import find_executable_batch_size
+from bitsandbytes.nn import Linear4bit
+from datasets import Image, load_dataset
+from datasets.exceptions import DatasetsError
+from peft import LoraConfig, get_peft_model
+from PIL import Image as Pillow
+from PIL import ImageOps
+from rapidfuzz.distance import Levenshtein
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TextStreamer
+from transformers.hf_argparser import HfArg
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+
+@dataclass
+class Settings:
+    """What is fine-tuned, on what, and how it is measured."""
+
+    model_name_or_path: str = HfArg(default="unsloth/Qwen2-VL-7B-Instruct-bnb-4bit", help="a hub name or a folder")
+    load_in_4bit: bool = HfArg(default=True, help="keep the frozen weights in 4 bits (bitsandbytes nf4)")
+    lora_r: int = HfArg(default=16, help="rank of the adapters")
+    lora_alpha: int = HfArg(default=16, help="what the adapters add is scaled by lora_alpha / lora_r")
+    lora_dropout: float = HfArg(default=0.0, help="dropout before the adapters")
+    lora_target_modules: str = HfArg(
+        default=r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|qkv|attn\.proj|out_proj|fc1|fc2)",
+        help="regular expression of the layers with adapters: attention and MLP, vision and language",
+    )
+    min_pixels: int | None = HfArg(default=None, help="enlarge images of a smaller area (None: as the model has it)")
+    max_pixels: int | None = HfArg(default=None, help="shrink images of a larger area (None: as the model has it)")
+
+    dataset_name: str = HfArg(default="unsloth/LaTeX_OCR", help="a hub name, a folder, or a parquet, JSON or CSV file")
+    dataset_config: str | None = HfArg(default=None, help="which configuration of the data set, if it has several")
+    dataset_train_split: str = HfArg(default="train", help="the split to train on")
+    dataset_test_split: str = HfArg(default="test", help="the split to measure on; if absent, part of train is")
+    image_column: str = HfArg(default="image", help="the column of images")
+    text_column: str = HfArg(default="text", help="the column of their LaTeX")
+    instruction: str = HfArg(default="Write the LaTeX representation for this image.", help="what the model is asked")
+
+    num_test_rows: int = HfArg(default=64, help="held-out rows to read before and after")
+    max_new_tokens: int = HfArg(default=128, help="length limit of the streamed sample, in tokens")
+    temperature: float = HfArg(default=1.5, help="temperature of the streamed sample (scores are greedy)")
+    min_p: float = HfArg(default=0.1, help="the streamed sample takes no token below this share of the likeliest one")
+
+
+@dataclass
+class TrainingSettings(SFTConfig):
+    """TRL's training options with this recipe's defaults."""
+
+    output_dir: str = "outputs"
+    # On an H200 8 x 1 takes 0.9 s a step, the usual 2 x 4 takes 2.5 s, with the same losses. Where memory is short:
+    # --per_device_train_batch_size 2 --gradient_accumulation_steps 4 --gradient_checkpointing
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    max_steps: int = 30  # of 8 samples; for all of them once: --max_steps -1 --num_train_epochs 1
+    warmup_steps: float = 5
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "linear"
+    optim: str = "adamw_8bit"
+    weight_decay: float = 0.001
+    bf16: bool | None = None  # None: bf16 where the GPU has it, else fp16; 32 bits without a GPU
+    seed: int = 3407
+    max_length: int | None = None  # a formula cut short would teach the model to stop early
+    per_device_eval_batch_size: int = 64  # held-out images read at once; lowered by itself where memory is short
+    logging_steps: float = 1
+    save_steps: float = 50
+    save_total_limit: int | None = 2
+    report_to: str = "none"
+    remove_unused_columns: bool = False  # samples are made out of these columns
+
+    def __post_init__(self):
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.fp16 = self.fp16 or (on_gpu and not self.bf16)
+        self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
+        super().__post_init__()
+
+
+class Parser(TrlParser):
+    """TRL's parser; numbers in a config file, which it takes unchecked, are checked like those of the command line."""
+
+    def set_defaults_with_config(self, **config):
+        typed = {key: str(value) if isinstance(value, (bool, int, float)) else value for key, value in config.items()}
+        return super().set_defaults_with_config(**typed)
+
+
+in_notebook = "get_ipython" in globals()
+arguments = [] if in_notebook else sys.argv[1:]
+parser = Parser((Settings, TrainingSettings), usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]")
+try:
+    settings, training_args, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    outputs = Path(training_args.output_dir)
+    outputs.mkdir(parents=True, exist_ok=True)
+except (ValueError, TypeError, OSError, IndexError, yaml.YAMLError) as error:
+    parser.error(str(error))
+if unknown:
+    parser.error(f"unknown option {' '.join(unknown)} (--help lists them all)")
+if FastVisionModel is None and settings.model_name_or_path == Settings.model_name_or_path:
+    sys.exit(
+        f"{settings.model_name_or_path} needs an NVIDIA GPU with 10 GB of free memory, and there is none here. "
+        "To see everything work on this machine: python finetune_qwen_vl.py --config demo/config.yaml"
+    )
+
+# %% [markdown]
+# ## Data
+# Images and their LaTeX, in two parts that share no image: one to train on, one held out to measure on. Rows that can't
+# be used are named and left out. Nothing is decoded but the rows of this run, and those only when they are needed.
+
+# %%
+FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+source = Path(settings.dataset_name)
+if source.is_file() and source.suffix not in FILE_TYPES:
+    sys.exit(f"{source} is none of {', '.join(FILE_TYPES)}. Name such a file, a folder, or a hub name.")
+try:
+    if source.is_file():
+        splits = load_dataset(FILE_TYPES[source.suffix], data_files=str(source))
+    else:
+        splits = load_dataset(settings.dataset_name, settings.dataset_config)
+except (OSError, ValueError, DatasetsError) as error:
+    sys.exit(
+        f"Could not load the data set {settings.dataset_name!r}: {str(error).splitlines()[0]} "
+        "Check the name or the path, the network, and for a gated data set that you are logged in (hf auth login)."
+    )
+
+if settings.dataset_train_split not in splits:
+    sys.exit(f"{source} has no split {settings.dataset_train_split!r}; --dataset_train_split takes one of {[*splits]}.")
+train_rows, test_rows = splits[settings.dataset_train_split], splits.get(settings.dataset_test_split)
+for option in ("image_column", "text_column"):
+    column = getattr(settings, option)
+    if column not in train_rows.column_names:
+        sys.exit(f"{source} has no column {column!r}; --{option} takes one of {train_rows.column_names}.")
+if test_rows is None:
+    if len(train_rows) <= settings.num_test_rows:
+        sys.exit(
+            f"{source} has {len(train_rows)} rows: too few to hold out {settings.num_test_rows} of them and to train "
+            "on others. Lower --num_test_rows, or add data."
+        )
+    parts = train_rows.train_test_split(test_size=settings.num_test_rows, seed=training_args.seed)
+    train_rows, test_rows = parts["train"], parts["test"]
+try:
+    train_rows = train_rows.cast_column(settings.image_column, Image(decode=False))
+    test_rows = test_rows.cast_column(settings.image_column, Image(decode=False))
+except (TypeError, ValueError, NotImplementedError):
+    sys.exit(f"Column {settings.image_column!r} of {source} holds no images; choose another with --image_column.")
+
+
+def image_bytes(image):
+    """The file of `image`, {"bytes": bytes or None, "path": str or None} as `datasets` has it undecoded."""
+    folder = source if source.is_dir() else source.parent  # where the paths in a JSON or CSV file start
+    return image["bytes"] or (folder / image["path"]).read_bytes()
+
+
+def open_image(image):
+    """Decodes such an image to RGB as a person would see it; raises what Pillow raises if it can't.
+
+    Transparency becomes white paper (else black text on it is black on black), 16 bits a pixel become 8 (else they are
+    clipped to white), and a photo is turned as its EXIF data says.
+    """
+    picture = ImageOps.exif_transpose(Pillow.open(io.BytesIO(image_bytes(image))))
+    if picture.mode.startswith("I"):
+        picture = picture.point(lambda level: level * (1 / 256)).convert("L")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Pillow.alpha_composite(Pillow.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def usable(rows, split, wanted, held_out=frozenset()):
+    """Picks rows in a seeded order until `wanted` are found that can be used (None: all that can).
+
+    A row can be used if its text is not empty and its image decodes and is not in `held_out`, a set of digests of image
+    files. Prints which others it met. Returns the rows as a `Dataset`, and their images' digests.
+    """
+    kept, digests, left_out = [], set(), defaultdict(list)
+    order = random.Random(training_args.seed).sample(range(len(rows)), len(rows))
+    for number in tqdm(order, f"Checking {split} rows", leave=False):
+        if len(kept) == wanted:
+            break
+        text, image = rows[number][settings.text_column], rows[number][settings.image_column]
+        if not (isinstance(text, str) and text.strip()):
+            left_out["no text"].append(number)
+            continue
+        try:
+            digest = hashlib.sha256(image_bytes(image)).digest()
+            open_image(image)
+        except Exception:  # on a broken file Pillow's decoders raise anything
+            left_out["image missing or unreadable"].append(number)
+            continue
+        if digest in held_out:
+            left_out["same image as a held-out row"].append(number)
+        else:
+            kept.append(number)
+            digests.add(digest)
+    for reason, numbers in left_out.items():
+        named = ", ".join(map(str, sorted(numbers)[:20])) + (", ..." if len(numbers) > 20 else "")
+        print(f"Left out {len(numbers)} {split} rows ({reason}): {named}")
+    return rows.select(kept), digests
+
+
+effective_batch = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+needed = training_args.max_steps * effective_batch if training_args.max_steps > 0 else None
+test_rows, test_images = usable(test_rows, "held-out", settings.num_test_rows)
+train_rows, _ = usable(train_rows, "training", needed, held_out=test_images)
+if len(test_rows) < settings.num_test_rows or len(test_rows) == 0:
+    sys.exit(f"{source} has {len(test_rows)} held-out rows to use, not --num_test_rows {settings.num_test_rows}.")
+if len(train_rows) == 0:
+    sys.exit(f"{source} has no row to train on.")
+print(f"{source}: {len(train_rows):,} rows to train on, {len(test_rows):,} others held out")
+
+# %% [markdown]
+# ## Model
+# The base model in 4 bits, frozen, with small trainable LoRA matrices beside its attention and MLP layers. Unsloth does
+# it on a GPU, plain transformers and PEFT anywhere else; from the next cell on there is one code for both.
+
+
+# %%
+@contextmanager
+def must_fit(task):
+    """Turns running out of memory in `task` into one sentence that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "No executable batch size" not in str(error):
+            raise
+        free, total = (size / 1e9 for size in torch.cuda.mem_get_info()) if torch.cuda.is_available() else (0, 0)
+        sys.exit(
+            f"\nThe memory does not suffice for {task} ({free:.1f} of {total:.1f} GB are free on the GPU). "
+            "Close what else uses it, or take a smaller model, such as unsloth/Qwen2-VL-2B-Instruct-bnb-4bit, or set "
+            "--per_device_train_batch_size 2 --gradient_accumulation_steps 4 --gradient_checkpointing."
+        )
+
+
+dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+lora = {
+    "r": settings.lora_r,
+    "lora_alpha": settings.lora_alpha,
+    "lora_dropout": settings.lora_dropout,
+    "target_modules": settings.lora_target_modules,
+    "bias": "none",
+}
+try:
+    with must_fit("the model"):
+        if FastVisionModel:
+            checkpointing = "unsloth" if training_args.gradient_checkpointing else False
+            model, processor = FastVisionModel.from_pretrained(
+                settings.model_name_or_path,
+                load_in_4bit=settings.load_in_4bit,
+                dtype=dtype,
+                use_gradient_checkpointing=checkpointing,
+            )
+            model = FastVisionModel.get_peft_model(
+                model, **lora, use_gradient_checkpointing=checkpointing, random_state=training_args.seed
+            )
+        else:
+            nf4 = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+            model = AutoModelForImageTextToText.from_pretrained(
+                settings.model_name_or_path,
+                quantization_config=nf4 if settings.load_in_4bit else None,
+                dtype=dtype,
+                device_map={"": training_args.device},
+            )
+            processor = AutoProcessor.from_pretrained(settings.model_name_or_path)
+            for layer in model.modules():
+                if isinstance(layer, Linear4bit):  # else, on some CPUs, it can't be trained once it has generated
+                    layer.support_avx512bf16_for_cpu = False
+            torch.manual_seed(training_args.seed)
+            model = get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"))
+except (OSError, ValueError) as error:
+    sys.exit(
+        f"Could not load the model {settings.model_name_or_path!r}: {str(error).splitlines()[0]} "
+        "Check the name or the path, the network, and for a gated model that you are logged in (hf auth login)."
+    )
+
+# Qwen2-VL resizes an image to sides that are multiples of 28 pixels and to an area between these two.
+for edge, pixels in (("shortest_edge", settings.min_pixels), ("longest_edge", settings.max_pixels)):
+    if pixels is not None:
+        if edge not in processor.image_processor.size:
+            sys.exit(f"{settings.model_name_or_path} has no min_pixels and max_pixels: leave them out.")
+        processor.image_processor.size[edge] = pixels
+
+trainable, total = model.get_nb_trainable_parameters()
+print(
+    f"{settings.model_name_or_path} on {training_args.device} by {'Unsloth' if FastVisionModel else 'transformers'}: "
+    f"{trainable:,} of {total:,} parameters train"
+)
+
+# %% [markdown]
+# ## Samples
+# Each row becomes a chat: the user asks and shows the image, the assistant answers in LaTeX. Samples are made at the
+# moment they are needed; a list of them, as other recipes make, fills the memory at 30,000 images.
+
+# %%
+# How a question looks and how an answer ends is for the model's chat template to say ("<|im_end|>" for Qwen2-VL).
+question = {"role": "user", "content": [{"type": "text", "text": settings.instruction}, {"type": "image"}]}
+answer = {"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]}
+try:
+    prompt = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
+    end_of_turn = processor.apply_chat_template([question, answer], tokenize=False).rpartition("ANSWER")[2].strip()
+except ValueError:
+    sys.exit(f"{settings.model_name_or_path} has no chat template: choose an instruction-tuned model (...-Instruct).")
+
+
+def to_samples(rows):
+    """Turns a batch of rows into TRL's prompt-completion format; the completion is what the loss sees."""
+    return {
+        "image": [open_image(image) for image in rows[settings.image_column]],
+        "prompt": [prompt for _ in rows[settings.text_column]],
+        "completion": [text.strip() + end_of_turn for text in rows[settings.text_column]],
+    }
+
+
+train_set, test_set = train_rows.with_transform(to_samples), test_rows.with_transform(to_samples)
+truths = [text.strip() for text in test_rows[settings.text_column]]
+
+# %% [markdown]
+# ## Before
+# What does the model read in images it will not train on? In one of them as it writes, token by token, then in all, by
+# character error rate (CER: edit distance over length, both without spaces) and exact match.
+
+
+# %%
+def stream_sample():
+    """Prints the first held-out formula and, token by token, what the model reads in its image."""
+    print(f"\n      image: {outputs / 'sample.png'}\n true LaTeX: {truths[0]}\nmodel reads: ", end="")
+    inputs = processor(text=[prompt], images=[[test_set[0]["image"]]], add_special_tokens=False, return_tensors="pt")
+    model.generate(
+        **inputs.to(model.device, dtype),
+        streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=True,
+        temperature=settings.temperature,
+        min_p=settings.min_p,
+        use_cache=True,
+    )
+
+
+# Room for the longest held-out formula and its end token: no right answer is cut.
+longest = max(len(processor.tokenizer(text + end_of_turn).input_ids) for text in truths)
+
+
+@find_executable_batch_size(starting_batch_size=training_args.per_device_eval_batch_size)
+def read_test_set(batch_size):
+    """Reads all held-out images greedily. Returns the texts, and how many of them the length limit cut."""
+    texts, cut = [], 0
+    for start in tqdm(range(0, len(test_set), batch_size), "Reading held-out images"):
+        images = [[image] for image in test_set[start : start + batch_size]["image"]]
+        inputs = processor(
+            text=[prompt] * len(images),
+            images=images,
+            padding=True,
+            padding_side="left",  # the answer has to follow the prompt directly
+            add_special_tokens=False,
+            return_tensors="pt",
+        ).to(model.device, dtype)
+        tokens = model.generate(
+            **inputs,
+            max_new_tokens=max(longest, settings.max_new_tokens),
+            do_sample=False,
+            repetition_penalty=1.0,  # some models' own default, but formulas do repeat themselves
+            use_cache=True,
+        )[:, inputs["input_ids"].shape[1] :]
+        texts += processor.batch_decode(tokens, skip_special_tokens=True)
+        ends = torch.tensor(model.generation_config.eos_token_id, device=tokens.device)
+        cut += int((~torch.isin(tokens, ends).any(dim=1)).sum())
+    return texts, cut
+
+
+def score():
+    """Reads the held-out images and returns {"cer": float, "exact_match": float, "cut": int, "rows": int}."""
+    texts, cut = read_test_set()
+    pairs = [("".join(truth.split()), "".join(text.split())) for truth, text in zip(truths, texts, strict=True)]
+    return {
+        "cer": sum(Levenshtein.distance(truth, text) for truth, text in pairs) / sum(len(truth) for truth, _ in pairs),
+        "exact_match": sum(truth == text for truth, text in pairs) / len(pairs),
+        "cut": cut,
+        "rows": len(pairs),
+    }
+
+
+if FastVisionModel:
+    FastVisionModel.for_inference(model)
+model.eval()
+test_set[0]["image"].save(outputs / "sample.png")
+if in_notebook:
+    display(test_set[0]["image"])  # noqa: F821 (IPython's)
+with must_fit("reading an image"):
+    stream_sample()
+    before = score()
+print(f"Before training: CER {before['cer']:.3f}, exact match {before['exact_match']:.1%}")
+
+# %% [markdown]
+# ## Train
+# The loss counts what the model is to write, the LaTeX and its end-of-turn token, and not the prompt. A killed run goes
+# on from its last checkpoint with `--resume_from_checkpoint true`.
+
+
+# %%
+class LossBar(ProgressCallback):
+    """The trainer's progress bar with the loss in it, instead of a line for every step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+        elif "train_runtime" not in logs:  # the summary at the end is ours
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+
+checkpoint = training_args.resume_from_checkpoint
+if checkpoint and checkpoint.lower() == "true":
+    checkpoint = get_last_checkpoint(outputs) if outputs.is_dir() else None
+    if checkpoint is None:
+        sys.exit(f"{outputs} holds no checkpoint to go on from: start anew without --resume_from_checkpoint.")
+if FastVisionModel:
+    FastVisionModel.for_training(model)
+trainer = SFTTrainer(
+    model=model,
+    processing_class=processor,
+    args=training_args,
+    train_dataset=train_set,
+    eval_dataset=test_set if training_args.eval_strategy != "no" else None,
+)
+if not in_notebook and not training_args.disable_tqdm:
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LossBar)
+# TRL rounds the adapters of a 4-bit model to bf16, where small updates are lost and fp16 training fails.
+for parameter in model.parameters():
+    if parameter.requires_grad:
+        parameter.data = parameter.data.float()
+if torch.cuda.is_available():
+    torch.cuda.reset_peak_memory_stats()
+with must_fit("a training step"):
+    train = trainer.train(resume_from_checkpoint=checkpoint).metrics
+train["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+if torch.cuda.is_available():
+    train["peak_memory_gb"] = torch.cuda.max_memory_reserved() / 1e9
+
+# %% [markdown]
+# ## After
+# The same image and the same scores again. Only what was held out can tell whether the model has learned to read.
+
+# %%
+if FastVisionModel:
+    FastVisionModel.for_inference(model)
+model.eval()
+if in_notebook:
+    display(test_set[0]["image"])  # noqa: F821
+stream_sample()
+after = score()
+
+# %% [markdown]
+# ## Save
+# The adapters and their processor, for PEFT and Unsloth to load, and every number of the run.
+
+# %%
+model.save_pretrained(outputs / "adapter")
+processor.save_pretrained(outputs / "adapter")
+packages = ["torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "pillow", "rapidfuzz"]
+if FastVisionModel:
+    packages += ["unsloth", "unsloth_zoo"]
+metrics = {
+    "before": before,
+    "after": after,
+    "train": train,
+    "settings": asdict(settings) | training_args.to_sanitized_dict(),
+    "versions": {package: version(package) for package in packages},
+}
+(outputs / "metrics.json").write_text(json.dumps(metrics, indent=2))
+
+print(f"\n{before['rows']} held-out images   before    after")
+for label, name, style in (("CER", "cer", ".3f"), ("exact match", "exact_match", ".1%"), ("cut at limit", "cut", "d")):
+    print(f"{label:<18}{before[name]:>9{style}}{after[name]:>9{style}}")
+memory = f", {train['peak_memory_gb']:.1f} GB of GPU memory at most" if "peak_memory_gb" in train else ""
+print(
+    f"Trained in {train['train_runtime']:.0f} s, {train['train_samples_per_second']:.1f} samples/s{memory}.\n"
+    f"The adapter is in {outputs / 'adapter'}, all numbers in {outputs / 'metrics.json'}."
+)
