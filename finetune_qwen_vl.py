@@ -15,7 +15,7 @@
 # !pip freeze | grep -E "^torch(vision|audio)?==" > /tmp/torch-here.txt
 # %pip install -q -c /tmp/torch-here.txt unsloth==2026.10.7 unsloth_zoo==2026.10.7 transformers==5.17.0 trl==1.14.2
 # %pip install -q -c /tmp/torch-here.txt peft==0.21.2 bitsandbytes==0.50.2 accelerate==1.15.0 datasets==4.8.5
-# %pip install -q -c /tmp/torch-here.txt pillow==12.3.0 rapidfuzz==3.14.6
+# %pip install -q -c /tmp/torch-here.txt pillow==12.3.0 rapidfuzz==3.14.5
 # %pip install -q -c /tmp/torch-here.txt --only-binary xformers "xformers<0.0.35"
 
 # %% [markdown]
@@ -56,6 +56,7 @@ from accelerate.utils import find_executable_batch_size
 from bitsandbytes.nn import Linear4bit
 from datasets import Image, load_dataset
 from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, get_peft_model
 from PIL import Image as Pillow
 from PIL import ImageOps
@@ -148,7 +149,9 @@ try:
     settings, training_args, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     outputs = Path(training_args.output_dir)
     outputs.mkdir(parents=True, exist_ok=True)
-except (ValueError, TypeError, OSError, IndexError, yaml.YAMLError) as error:
+except IndexError:
+    parser.error("--config needs the name of a YAML file")
+except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
     parser.error(str(error))
 if unknown:
     parser.error(f"unknown option {' '.join(unknown)} (--help lists them all)")
@@ -166,6 +169,15 @@ if FastVisionModel is None and settings.model_name_or_path == Settings.model_nam
 # %%
 FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 source = Path(settings.dataset_name)
+
+
+def reason(error):
+    """The first line of a loading error; names that can only be paths get a plainer one than the hub's."""
+    if isinstance(error, HFValidationError):
+        return "there is no such file or folder"
+    return str(error).splitlines()[0].rstrip(".")
+
+
 if source.is_file() and source.suffix not in FILE_TYPES:
     sys.exit(f"{source} is none of {', '.join(FILE_TYPES)}. Name such a file, a folder, or a hub name.")
 try:
@@ -175,7 +187,7 @@ try:
         splits = load_dataset(settings.dataset_name, settings.dataset_config)
 except (OSError, ValueError, DatasetsError) as error:
     sys.exit(
-        f"Could not load the data set {settings.dataset_name!r}: {str(error).splitlines()[0]} "
+        f"Could not load the data set {settings.dataset_name!r}: {reason(error)}. "
         "Check the name or the path, the network, and for a gated data set that you are logged in (hf auth login)."
     )
 
@@ -329,7 +341,7 @@ try:
             model = get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"))
 except (OSError, ValueError) as error:
     sys.exit(
-        f"Could not load the model {settings.model_name_or_path!r}: {str(error).splitlines()[0]} "
+        f"Could not load the model {settings.model_name_or_path!r}: {reason(error)}. "
         "Check the name or the path, the network, and for a gated model that you are logged in (hf auth login)."
     )
 
