@@ -46,10 +46,12 @@ for library in ("torchao", "bitsandbytes", "transformers.trainer_utils"):  # the
 
 import torch
 
+FastVisionModel = None
 if torch.cuda.is_available():
-    from unsloth import FastVisionModel  # before transformers, TRL and PEFT, which it patches
-else:
-    FastVisionModel = None
+    try:
+        from unsloth import FastVisionModel  # before transformers, TRL and PEFT, which it patches
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        print(f"Without Unsloth, which can't be used here: {error}")
 
 import yaml
 from accelerate.utils import find_executable_batch_size
@@ -155,7 +157,7 @@ except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
     parser.error(str(error))
 if unknown:
     parser.error(f"unknown option {' '.join(unknown)} (--help lists them all)")
-if FastVisionModel is None and settings.model_name_or_path == Settings.model_name_or_path:
+if not torch.cuda.is_available() and settings.model_name_or_path == Settings.model_name_or_path:
     sys.exit(
         f"{settings.model_name_or_path} needs an NVIDIA GPU with 10 GB of free memory, and there is none here. "
         "To see everything work on this machine: python finetune_qwen_vl.py --config demo/config.yaml"
@@ -375,12 +377,41 @@ except ValueError:
 
 
 def to_samples(rows):
-    """Turns a batch of rows into TRL's prompt-completion format; the completion is what the loss sees."""
+    """Turns a batch of rows into samples: an RGB image, the prompt, and the completion that the model has to learn."""
     return {
         "image": [open_image(image) for image in rows[settings.image_column]],
         "prompt": [prompt for _ in rows[settings.text_column]],
         "completion": [text.strip() + end_of_turn for text in rows[settings.text_column]],
     }
+
+
+max_length = training_args.max_length  # kept here because Unsloth's trainer sets it to 2048
+
+
+def collate(samples):
+    """Makes one batch of samples, padded on the right, with labels only where the loss is to look.
+
+    `labels`, shape (samples, tokens) like `input_ids`, holds the completion, from the first token of the LaTeX to the
+    end-of-turn token, and -100 elsewhere. (TRL's own collator adds the template's next newline, and can't do Llama.)
+    """
+    batch = processor(
+        text=[sample["prompt"] + sample["completion"] for sample in samples],
+        images=[[sample["image"]] for sample in samples],
+        padding=True,
+        padding_side="right",
+        add_special_tokens=False,  # the chat template has put them
+        return_tensors="pt",
+    )
+    completions = processor.tokenizer([sample["completion"] for sample in samples], add_special_tokens=False).input_ids
+    labels = torch.full_like(batch["input_ids"], -100)
+    for row, completion in enumerate(completions):
+        end = int(batch["attention_mask"][row].sum())
+        labels[row, end - len(completion) : end] = torch.tensor(completion)
+    if not torch.equal(labels[labels != -100], batch["input_ids"][labels != -100]):
+        raise ValueError("This tokenizer merges the end of the prompt with the answer, which can't be masked apart.")
+    batch["labels"] = labels
+    whole = labels.shape
+    return {name: value[:, :max_length] if value.shape[:2] == whole else value for name, value in batch.items()}
 
 
 train_set, test_set = train_rows.with_transform(to_samples), test_rows.with_transform(to_samples)
@@ -490,6 +521,7 @@ trainer = SFTTrainer(
     model=model,
     processing_class=processor,
     args=training_args,
+    data_collator=collate,
     train_dataset=train_set,
     eval_dataset=test_set if training_args.eval_strategy != "no" else None,
 )
