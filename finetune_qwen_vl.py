@@ -12,11 +12,11 @@
 # xformers comes in the version made for it (if there is none, Unsloth does without).
 
 # %%
-# !pip freeze | grep -E "^torch(vision|audio)?==" > /tmp/torch-here.txt
+# %pip freeze | grep -E "^torch(vision|audio)?==" > /tmp/torch-here.txt
 # %pip install -q -c /tmp/torch-here.txt unsloth==2026.10.7 unsloth_zoo==2026.10.7 transformers==5.17.0 trl==1.14.2
 # %pip install -q -c /tmp/torch-here.txt peft==0.21.2 bitsandbytes==0.50.2 accelerate==1.15.0 datasets==4.8.5
-# %pip install -q -c /tmp/torch-here.txt pillow==12.3.0 rapidfuzz==3.14.5
-# %pip install -q -c /tmp/torch-here.txt --only-binary xformers "xformers<0.0.35"
+# %pip install -q -c /tmp/torch-here.txt rapidfuzz==3.14.5
+# %pip install -q -c /tmp/torch-here.txt --only-binary xformers xformers
 
 # %% [markdown]
 # ## Settings
@@ -57,7 +57,7 @@ import yaml
 from accelerate.utils import find_executable_batch_size
 from bitsandbytes.nn import Linear4bit
 from datasets import Image, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, get_peft_model
 from PIL import Image as Pillow
@@ -158,6 +158,8 @@ except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
     parser.error(str(error))
 if unknown:
     parser.error(f"unknown option {' '.join(unknown)} (--help lists them all)")
+if settings.num_test_rows < 1:
+    parser.error("--num_test_rows has to be 1 at least: without held-out rows nothing is proved")
 if not torch.cuda.is_available() and settings.model_name_or_path == Settings.model_name_or_path:
     sys.exit(
         f"{settings.model_name_or_path} needs an NVIDIA GPU with 10 GB of free memory, and there is none here. "
@@ -175,10 +177,12 @@ source = Path(settings.dataset_name)
 
 
 def reason(error):
-    """The first line of a loading error; names that can only be paths get a plainer one than the hub's."""
+    """What a loading error says, in a line, and in plainer words where the library's own would not help."""
     if isinstance(error, HFValidationError):
         return "there is no such file or folder"
-    return str(error).splitlines()[0].rstrip(".")
+    if isinstance(error, DatasetGenerationError):
+        return f"there are no rows that can be read ({reason(error.__cause__)})"
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
 
 
 if source.is_file() and source.suffix not in FILE_TYPES:
@@ -196,19 +200,18 @@ except (OSError, ValueError, DatasetsError) as error:
 
 if settings.dataset_train_split not in splits:
     sys.exit(f"{source} has no split {settings.dataset_train_split!r}; --dataset_train_split takes one of {[*splits]}.")
-train_rows, test_rows = splits[settings.dataset_train_split], splits.get(settings.dataset_test_split)
+train_rows = splits[settings.dataset_train_split]
 for option in ("image_column", "text_column"):
     column = getattr(settings, option)
     if column not in train_rows.column_names:
         sys.exit(f"{source} has no column {column!r}; --{option} takes one of {train_rows.column_names}.")
-if test_rows is None:
-    if len(train_rows) <= settings.num_test_rows:
-        sys.exit(
-            f"{source} has {len(train_rows)} rows: too few to hold out {settings.num_test_rows} of them and to train "
-            "on others. Lower --num_test_rows, or add data."
-        )
-    parts = train_rows.train_test_split(test_size=settings.num_test_rows, seed=training_args.seed)
-    train_rows, test_rows = parts["train"], parts["test"]
+held_out_from_train = settings.dataset_test_split not in splits
+test_rows = train_rows if held_out_from_train else splits[settings.dataset_test_split]
+if held_out_from_train and len(train_rows) <= settings.num_test_rows:
+    sys.exit(
+        f"{source} has {len(train_rows)} rows: too few to hold out {settings.num_test_rows} of them and to train on "
+        "others. Lower --num_test_rows, or add data."
+    )
 try:
     train_rows = train_rows.cast_column(settings.image_column, Image(decode=False))
     test_rows = test_rows.cast_column(settings.image_column, Image(decode=False))
@@ -237,17 +240,19 @@ def open_image(image):
     return picture.convert("RGB")
 
 
-def usable(rows, split, wanted, held_out=frozenset()):
-    """Picks rows in a seeded order until `wanted` are found that can be used (None: all that can).
+def shuffled(rows):
+    """The row numbers in an order that the seed decides, as an iterator."""
+    return iter(random.Random(training_args.seed).sample(range(len(rows)), len(rows)))
+
+
+def usable(rows, numbers, split, wanted, held_out=frozenset()):
+    """Takes rows by the iterator `numbers` until `wanted` are found that can be used (None: all that can).
 
     A row can be used if its text is not empty and its image decodes and is not in `held_out`, a set of digests of image
     files. Prints which others it met. Returns the rows as a `Dataset`, and their images' digests.
     """
     kept, digests, left_out = [], set(), defaultdict(list)
-    order = random.Random(training_args.seed).sample(range(len(rows)), len(rows))
-    for number in tqdm(order, f"Checking {split} rows", leave=False):
-        if len(kept) == wanted:
-            break
+    for number in tqdm(numbers, f"Checking {split} rows", total=wanted or len(rows), leave=False):
         text, image = rows[number][settings.text_column], rows[number][settings.image_column]
         if not (isinstance(text, str) and text.strip()):
             left_out["no text"].append(number)
@@ -260,9 +265,11 @@ def usable(rows, split, wanted, held_out=frozenset()):
             continue
         if digest in held_out:
             left_out["same image as a held-out row"].append(number)
-        else:
-            kept.append(number)
-            digests.add(digest)
+            continue
+        kept.append(number)
+        digests.add(digest)
+        if len(kept) == wanted:
+            break
     for reason, numbers in left_out.items():
         named = ", ".join(map(str, sorted(numbers)[:20])) + (", ..." if len(numbers) > 20 else "")
         print(f"Left out {len(numbers)} {split} rows ({reason}): {named}")
@@ -271,9 +278,11 @@ def usable(rows, split, wanted, held_out=frozenset()):
 
 effective_batch = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
 needed = training_args.max_steps * effective_batch if training_args.max_steps > 0 else None
-test_rows, test_images = usable(test_rows, "held-out", settings.num_test_rows)
-train_rows, _ = usable(train_rows, "training", needed, held_out=test_images)
-if len(test_rows) < settings.num_test_rows or len(test_rows) == 0:
+numbers = shuffled(test_rows)
+test_rows, test_images = usable(test_rows, numbers, "held-out", settings.num_test_rows)
+numbers = numbers if held_out_from_train else shuffled(train_rows)
+train_rows, _ = usable(train_rows, numbers, "training", needed, held_out=test_images)
+if len(test_rows) < settings.num_test_rows:
     sys.exit(f"{source} has {len(test_rows)} held-out rows to use, not --num_test_rows {settings.num_test_rows}.")
 if len(train_rows) == 0:
     sys.exit(f"{source} has no row to train on.")

@@ -1,0 +1,82 @@
+"""Bad input ends in one sentence that says what to do, with a non-zero exit, no traceback, and nothing overwritten."""
+
+import json
+
+import pyarrow.parquet
+import pytest
+from conftest import SHORT, run
+from datasets import Dataset, Image, load_dataset
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with faulty data sets."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = load_dataset("demo/data", split="train").select(range(10))
+    rows.to_parquet(folder / "ten.parquet")
+    rows.rename_columns({"image": "picture", "text": "latex"}).to_parquet(folder / "columns.parquet")
+    pyarrow.parquet.write_table(rows.data.table.slice(0, 0), folder / "empty.parquet")
+    broken = {"image": [{"bytes": b"no image", "path": None}] * 20, "text": ["x"] * 20}
+    Dataset.from_dict(broken).cast_column("image", Image()).to_parquet(folder / "broken.parquet")
+    (folder / "numbers.csv").write_text("image,text\n" + "1,x\n" * 20)
+    (folder / "notes.txt").write_text("x")
+    (folder / "half.yaml").write_text("max_steps: 2.5\n")
+    (folder / "unknown.yaml").write_text("lora_rank: 8\n")
+    (folder / "list.yaml").write_text("- 8\n")
+    (folder / "model").mkdir()
+    return folder
+
+
+CASES = {
+    "no GPU for the 7B recipe": ([], ["GPU", "--config demo/config.yaml"]),
+    "an unknown option": (["--lora_rank", "8"], ["--lora_rank", "--help"]),
+    "an ill-typed option": (["--max_steps", "many"], ["--max_steps", "many"]),
+    "an ill-typed line of a config file": (["--config", "DATA/half.yaml"], ["--max_steps", "2.5"]),
+    "an unknown line of a config file": (["--config", "DATA/unknown.yaml"], ["lora_rank"]),
+    "a config file that is a list": (["--config", "DATA/list.yaml"], ["list.yaml"]),
+    "a config file that is missing": (["--config", "DATA/none.yaml"], ["none.yaml"]),
+    "no config file": (["--config"], ["--config"]),
+    "a data set that is not there": ([*SHORT, "--dataset_name", "./none"], ["./none", "no such file or folder"]),
+    "a data set that the hub can't give": ([*SHORT, "--dataset_name", "nobody/nothing"], ["nobody/nothing", "network"]),
+    "a file of a wrong type": ([*SHORT, "--dataset_name", "DATA/notes.txt"], ["notes.txt", ".parquet"]),
+    "a missing column": ([*SHORT, "--dataset_name", "DATA/columns.parquet"], ["--image_column", "picture"]),
+    "a column of no images": ([*SHORT, "--dataset_name", "DATA/numbers.csv"], ["'image'", "--image_column"]),
+    "a missing split": (
+        [*SHORT, "--dataset_train_split", "training"],
+        ["'training'", "--dataset_train_split", "train"],
+    ),
+    "an empty data set": ([*SHORT, "--dataset_name", "DATA/empty.parquet"], ["empty.parquet", "no rows"]),
+    "no row that can be used": ([*SHORT, "--dataset_name", "DATA/broken.parquet"], ["unreadable", "0 held-out rows"]),
+    "too few held-out rows": ([*SHORT, "--num_test_rows", "9999"], ["200 held-out rows", "--num_test_rows"]),
+    "too few rows to hold some out": (
+        [*SHORT, "--dataset_name", "DATA/ten.parquet", "--num_test_rows", "10"],
+        ["10 rows", "--num_test_rows"],
+    ),
+    "a model that is not there": ([*SHORT, "--model_name_or_path", "./none"], ["./none", "no such file or folder"]),
+    "a model that the hub can't give": (
+        [*SHORT, "--model_name_or_path", "nobody/nothing"],
+        ["nobody/nothing", "network"],
+    ),
+    "a folder without a model": ([*SHORT, "--model_name_or_path", "DATA/model"], ["DATA/model", "config.json"]),
+    "no held-out rows": ([*SHORT, "--num_test_rows", "0"], ["--num_test_rows", "1 at least"]),
+    "no checkpoint to go on from": ([*SHORT, "--resume_from_checkpoint", "true"], ["no checkpoint"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_clear_sentence(case, data, tmp_path):
+    arguments, expected = CASES[case]
+    arguments = [argument.replace("DATA", str(data)) for argument in arguments]
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "metrics.json").write_text(json.dumps("of an earlier run"))
+    if arguments != ["--config"]:
+        arguments += ["--output_dir", str(tmp_path)]
+    ended = run(*arguments)
+    assert ended.returncode not in (0, None)
+    assert "Traceback" not in ended.stderr, ended.stderr[-3000:]
+    said = ended.stdout + ended.stderr.strip().splitlines()[-1]
+    for words in expected:
+        assert words.replace("DATA", str(data)) in said
+    assert len(ended.stderr.strip().splitlines()[-1]) < 600
+    assert json.loads((tmp_path / "metrics.json").read_text()) == "of an earlier run"
+    assert not any((tmp_path / "adapter").iterdir())

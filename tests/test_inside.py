@@ -1,0 +1,144 @@
+"""What can't be seen from outside: who trains on what, and what the loss looks at."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPT, SHORT
+from datasets import load_dataset
+from peft import PeftModel
+from PIL import Image, ImageOps
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+
+def pixels(samples):
+    return {sample["image"].tobytes() for sample in samples}
+
+
+def test_held_out_images_are_never_trained_on(execute, tmp_path):
+    (tmp_path / "data").mkdir()
+    rows = load_dataset("demo/data", split="train").select(range(60))
+    doubled = [*range(60), *range(30)]  # a split of these has rows on both sides, unless somebody looks
+    rows.select(doubled).to_parquet(tmp_path / "data" / "rows.parquet")
+    names = execute(
+        *SHORT, "--output_dir", tmp_path, "--dataset_name", tmp_path / "data" / "rows.parquet", "--max_steps", -1,
+        until="Model",
+    )  # fmt: skip
+    image = names["settings"].image_column
+    held_out = {row[image]["bytes"] for row in names["test_rows"]}
+    trained = {row[image]["bytes"] for row in names["train_rows"]}
+    assert len(held_out) >= 5 and len(trained) >= 50
+    assert not held_out & trained
+    assert len(names["train_rows"]) < len(doubled) - len(names["test_rows"]), "no doubles were left out"
+
+
+def test_labels_are_the_answer_and_its_end_token(execute, tmp_path):
+    names = execute(*SHORT, "--output_dir", tmp_path, until="Before")
+    assert not pixels(names["train_set"]) & pixels(names["test_set"])
+    tokenizer = names["processor"].tokenizer
+    samples = [names["train_set"][i] for i in range(8)]
+    batch = names["collate"](samples)
+    assert batch["labels"].shape == batch["input_ids"].shape
+    for sample, text, ids, labels in zip(
+        samples, names["train_rows"]["text"], batch["input_ids"].tolist(), batch["labels"].tolist(), strict=False
+    ):
+        learned = [label for label in labels if label != -100]
+        first = labels.index(learned[0])
+        assert learned == ids[first : first + len(learned)]
+        assert tokenizer.decode(learned) == text.strip() + "<|im_end|>"
+        assert tokenizer.decode(ids[:first]).endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert tokenizer.decode(ids[:first]).count(names["settings"].instruction) == 1
+        assert set(ids[first + len(learned) :]) <= {tokenizer.pad_token_id}
+        assert sample["prompt"] + sample["completion"] == names["prompt"] + text.strip() + "<|im_end|>"
+    # The trainer's loss is the mean over those tokens of all samples, however they are split into micro-batches.
+    whole = names["collate"](samples)
+    model = names["model"].eval()
+    with torch.no_grad():
+        together = model(**whole).loss
+        apart = [names["collate"]([sample]) for sample in samples]
+        counts = [int((batch["labels"] != -100).sum()) for batch in apart]
+        losses = [model(**batch).loss for batch in apart]
+    mean = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    assert together.item() == pytest.approx(mean.item(), rel=1e-4)
+
+
+def test_a_length_limit_cuts_every_tensor_alike(execute, tmp_path):
+    names = execute(*SHORT, "--output_dir", tmp_path, "--max_length", 40, until="Before")
+    batch = names["collate"]([names["train_set"][i] for i in range(4)])
+    assert batch["input_ids"].shape[1] <= 40
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+
+
+def test_saved_adapter_reads_the_same_by_plain_peft(execute, tmp_path):
+    options = ("--output_dir", tmp_path, "--max_steps", 8, "--num_test_rows", 12, "--save_strategy", "no")
+    names = execute(*SHORT, *options)
+    texts, _ = names["read_test_set"]()
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="float32"
+    )
+    base = AutoModelForImageTextToText.from_pretrained(
+        "demo/model", quantization_config=quantization, dtype=torch.float32, device_map="cpu"
+    )
+    for layer in base.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # its 16-bit kernel would make the comparison inexact
+    # The script's functions find the model by its name in these globals.
+    names["model"] = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    names["processor"] = AutoProcessor.from_pretrained(tmp_path / "adapter")
+    assert names["read_test_set"]()[0] == texts
+    with names["model"].disable_adapter():
+        assert names["read_test_set"]()[0] != texts, "eight steps changed nothing: the comparison shows nothing"
+
+
+def test_what_is_read_does_not_depend_on_the_batch_size(execute, tmp_path):
+    names = execute(*SHORT, "--output_dir", tmp_path, "--num_test_rows", 10, until="Train")
+    texts, cut = names["read_test_set"]()
+    again = execute(
+        *SHORT, "--output_dir", tmp_path, "--num_test_rows", 10, "--per_device_eval_batch_size", 3, until="Train"
+    )
+    assert again["read_test_set"]() == (texts, cut)
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+@pytest.fixture(scope="module")
+def open_image():
+    """The script's `open_image`, without the rest of the script."""
+    text = SCRIPT.read_text()
+    names = {"io": io, "Pillow": Image, "ImageOps": ImageOps, "image_bytes": lambda image: image["bytes"]}
+    exec(text[text.index("def open_image") : text.index("def usable")], names)
+    return names["open_image"]
+
+
+def test_every_image_mode_is_black_on_white(open_image):
+    gray = np.full((20, 60), 255, np.uint8)
+    gray[5:15, 10:25] = 0
+    paper = Image.fromarray(gray)
+    ink = Image.fromarray(np.dstack([np.zeros((20, 60, 3), np.uint8), 255 - gray]))  # black on transparent
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by 90 degrees
+    cases = {
+        "1": encoded(paper.convert("1")),
+        "L": encoded(paper),
+        "P": encoded(paper.convert("P")),
+        "RGB": encoded(paper.convert("RGB"), "WEBP", lossless=True),
+        "RGBA": encoded(ink),
+        "LA": encoded(ink.convert("LA")),
+        "P, transparent": encoded(ink, "GIF"),
+        "CMYK": encoded(paper.convert("CMYK"), "TIFF"),
+        "CMYK, JPEG": encoded(paper.convert("CMYK"), "JPEG", quality=98),
+        "16 bits, PNG": encoded(Image.fromarray(gray.astype(np.uint16) * 257)),
+        "16 bits, TIFF": encoded(Image.fromarray(gray.astype(np.uint16) * 257), "TIFF"),
+        "EXIF": encoded(paper.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=turned, quality=98),
+    }
+    for name, image in cases.items():
+        opened = open_image(image)
+        assert (opened.mode, opened.size) == ("RGB", (60, 20)), name
+        error = np.abs(np.asarray(opened).astype(int) - gray[:, :, None]).mean()
+        assert error < 1, f"{name}: {error:.1f} gray levels away from what a person sees"
