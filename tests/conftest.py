@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "finetune_qwen_vl.py"
-SHORT = ("--config", "demo/config.yaml", "--max_steps", "2", "--num_test_rows", "6", "--max_new_tokens", "16")
+SHORT = ("--config", "demo/config.yaml", "--max_steps", "2", "--per_device_train_batch_size", "8")
+SHORT += ("--num_test_rows", "6", "--max_new_tokens", "16")
 
 # Several runs share the cores, and OpenMP's threads wait for each other by spinning. The hub is never asked.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}

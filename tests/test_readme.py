@@ -1,8 +1,12 @@
 """What the README says has to be so."""
 
+import platform
 import re
+import subprocess
+import sys
 
-from conftest import ROOT
+import pytest
+from conftest import ROOT, SHORT, run
 
 README = (ROOT / "README.md").read_text()
 
@@ -27,3 +31,24 @@ def test_requirements_are_what_the_install_cell_installs():
 def test_ci_runs_the_readme_s_test_line():
     line = next(line for line in README.splitlines() if "pytest" in line and "pip install" in line)
     assert line.strip() in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or sys.platform != "linux", reason="xformers is not for this machine"
+)
+def test_xformers_loads_next_to_this_torch():
+    said = subprocess.run([sys.executable, "-m", "xformers.info"], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"build\.info: +available", said)
+    assert re.search(r"memory_efficient_attention\.cutlassF-pt: +available", said)
+
+
+def test_the_readme_s_python_reads_an_image(tmp_path):
+    ended = run(*SHORT, "--output_dir", tmp_path / "outputs")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    for name, here in (("unsloth/Qwen2-VL-7B-Instruct-bnb-4bit", str(ROOT / "demo/model")), ("auto", "cpu")):
+        assert f'"{name}"' in code
+        code = code.replace(f'"{name}"', f'"{here}"')
+    read = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert read.returncode == 0, read.stderr[-3000:]
+    assert read.stdout.strip()

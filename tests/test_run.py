@@ -79,7 +79,6 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path):
     (tmp_path / "checkpoint-4").rename(tmp_path / "whole")
     ended = run(*options, "--resume_from_checkpoint", "true")
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "2/4" not in ended.stderr.split("Reading")[1] or "4/4" in ended.stderr
     whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "checkpoint-4"))
     assert all(resumed[name].equal(tensor) for name, tensor in whole.items())
 
