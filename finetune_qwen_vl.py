@@ -42,6 +42,8 @@ from pathlib import Path
 os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
 # Unsloth writes patched copies of its libraries: into the user's cache rather than the working directory.
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path.home() / ".cache" / "unsloth_compiled"))
+# Threads that wait by spinning crawl where another program has one of their cores: 40 steps in over 300 s, not in 12.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 for library in ("torchao", "bitsandbytes", "transformers.trainer_utils"):  # they warn of what does not matter here
     logging.getLogger(library).setLevel(logging.ERROR)
 
@@ -160,6 +162,11 @@ if unknown:
     parser.error(f"unknown option {' '.join(unknown)} (--help lists them all)")
 if settings.num_test_rows < 1:
     parser.error("--num_test_rows has to be 1 at least: without held-out rows nothing is proved")
+checkpoint = training_args.resume_from_checkpoint
+if checkpoint and checkpoint.lower() == "true":
+    checkpoint = get_last_checkpoint(outputs) or f"in {outputs}"
+if checkpoint and not Path(checkpoint).is_dir():
+    parser.error(f"there is no checkpoint {checkpoint} to go on from: start anew, without --resume_from_checkpoint")
 if not torch.cuda.is_available() and settings.model_name_or_path == Settings.model_name_or_path:
     sys.exit(
         f"{settings.model_name_or_path} needs an NVIDIA GPU with 10 GB of free memory, and there is none here. "
@@ -523,11 +530,6 @@ class LossBar(ProgressCallback):
             super().on_log(args, state, control, logs=logs, **kwargs)
 
 
-checkpoint = training_args.resume_from_checkpoint
-if checkpoint and checkpoint.lower() == "true":
-    checkpoint = get_last_checkpoint(outputs) if outputs.is_dir() else None
-    if checkpoint is None:
-        sys.exit(f"{outputs} holds no checkpoint to go on from: start anew without --resume_from_checkpoint.")
 if FastVisionModel:
     FastVisionModel.for_training(model)
 trainer = SFTTrainer(
