@@ -15,7 +15,7 @@
 # %pip freeze | grep -E "^torch(vision|audio)?==" > /tmp/torch-here.txt
 # %pip install -q -c /tmp/torch-here.txt unsloth==2026.10.7 unsloth_zoo==2026.10.7 transformers==5.17.0 trl==1.14.2
 # %pip install -q -c /tmp/torch-here.txt peft==0.21.2 bitsandbytes==0.50.2 accelerate==1.15.0 datasets==4.8.5
-# %pip install -q -c /tmp/torch-here.txt rapidfuzz==3.14.5
+# %pip install -q -c /tmp/torch-here.txt rapidfuzz==3.14.5 sacrebleu==2.6.0 latex2mathml==3.81.1 jinja2==3.1.6
 # %pip install -q -c /tmp/torch-here.txt --only-binary xformers xformers
 
 # %% [markdown]
@@ -36,6 +36,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 # Compiling takes a minute before the first step and wins nothing back in 30 steps (README, "What was measured").
@@ -98,6 +99,7 @@ class Settings:
     instruction: str = HfArg(default="Write the LaTeX representation for this image.", help="what the model is asked")
 
     num_test_rows: int = HfArg(default=64, help="held-out rows to read before and after")
+    test_batch_size: int = HfArg(default=64, help="held-out images to read at once (fewer where memory is short)")
     max_new_tokens: int = HfArg(default=128, help="length limit of a reading, in tokens; scores take more if need be")
     temperature: float = HfArg(default=1.5, help="temperature of the streamed sample (scores are greedy)")
     min_p: float = HfArg(default=0.1, help="the streamed sample takes no token below this share of the likeliest one")
@@ -121,8 +123,8 @@ class TrainingSettings(SFTConfig):
     bf16: bool | None = None  # None: bf16 where the GPU has it, else fp16; 32 bits without a GPU
     seed: int = 3407
     max_length: int | None = None  # a formula cut short would teach the model to stop early
-    per_device_eval_batch_size: int = 64  # held-out images at once; where memory is short, reading takes fewer
     logging_steps: float = 1
+    eval_steps: float = 0.2  # of the run, with --eval_strategy steps: then the checkpoint of the lowest loss is kept
     save_steps: float = 0.2  # of the run; a whole number: every so many steps
     save_total_limit: int | None = 2
     report_to: str = "none"
@@ -135,6 +137,8 @@ class TrainingSettings(SFTConfig):
         self.fp16 = self.fp16 or (on_gpu and not self.bf16)
         if self.gradient_checkpointing is None:
             self.gradient_checkpointing = on_gpu and torch.cuda.mem_get_info()[1] < 32e9
+        if self.eval_strategy != "no" and self.save_strategy != "no":
+            self.save_strategy, self.save_steps, self.load_best_model_at_end = self.eval_strategy, self.eval_steps, True
         self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
         super().__post_init__()
 
@@ -183,13 +187,18 @@ FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": 
 source = Path(settings.dataset_name)
 
 
-def reason(error, name):
-    """What the error from loading `name` says, in a line, and plainer where the library's own words would not help."""
+def could_not_load(what, name, error):
+    """Ends the run with what `error` says, in a line, and plainer where the library's own words would not help."""
+    cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+    reason = str(cause).splitlines()[0].rstrip(".") if str(cause) else type(cause).__name__
     if not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):  # nor can it be a hub name
-        return "there is no such file or folder"
-    if isinstance(error, DatasetGenerationError):
-        return f"there are no rows that can be read ({reason(error.__cause__, name)})"
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        reason = "there is no such file or folder"
+    elif cause is not error:
+        reason = f"there are no rows that can be read ({reason})"
+    sys.exit(
+        f"Could not load the {what} {name!r}: {reason}. Check the name or the path, the network, and, if it is gated, "
+        "that you are logged in (hf auth login)."
+    )
 
 
 if source.is_file() and source.suffix not in FILE_TYPES:
@@ -200,10 +209,7 @@ try:
     else:
         splits = load_dataset(settings.dataset_name, settings.dataset_config)
 except (OSError, ValueError, DatasetsError) as error:
-    sys.exit(
-        f"Could not load the data set {settings.dataset_name!r}: {reason(error, settings.dataset_name)}. "
-        "Check the name or the path, the network, and for a gated data set that you are logged in (hf auth login)."
-    )
+    could_not_load("data set", settings.dataset_name, error)
 
 if settings.dataset_train_split not in splits:
     sys.exit(f"{source} has no split {settings.dataset_train_split!r}; --dataset_train_split takes one of {[*splits]}.")
@@ -214,11 +220,6 @@ for option in ("image_column", "text_column"):
         sys.exit(f"{source} has no column {column!r}; --{option} takes one of {train_rows.column_names}.")
 held_out_from_train = settings.dataset_test_split not in splits
 test_rows = train_rows if held_out_from_train else splits[settings.dataset_test_split]
-if held_out_from_train and len(train_rows) <= settings.num_test_rows:
-    sys.exit(
-        f"{source} has {len(train_rows)} rows: too few to hold out {settings.num_test_rows} of them and to train on "
-        "others. Lower --num_test_rows, or add data."
-    )
 try:
     train_rows = train_rows.cast_column(settings.image_column, Image(decode=False))
     test_rows = test_rows.cast_column(settings.image_column, Image(decode=False))
@@ -256,7 +257,7 @@ def usable(rows, numbers, split, wanted, held_out=frozenset()):
     """Takes rows by the iterator `numbers` until `wanted` are found that can be used (None: all that can).
 
     A row can be used if its text is not empty and its image decodes and is not in `held_out`, a set of digests of image
-    files. Prints which others it met. Returns the rows as a `Dataset`, and their images' digests.
+    files. Prints which others it met. Returns the rows' numbers, and their images' digests.
     """
     kept, digests, left_out = [], set(), defaultdict(list)
     for number in tqdm(numbers, f"Checking {split} rows", total=wanted or len(rows), leave=False):
@@ -280,20 +281,25 @@ def usable(rows, numbers, split, wanted, held_out=frozenset()):
     for reason, numbers in left_out.items():
         named = ", ".join(map(str, sorted(numbers)[:20])) + (", ..." if len(numbers) > 20 else "")
         print(f"Left out {len(numbers)} {split} rows ({reason}): {named}")
-    return rows.select(kept), digests
+    return kept, digests
 
 
 effective_batch = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
 needed = training_args.max_steps * effective_batch if training_args.max_steps > 0 else None
 numbers = shuffled(test_rows)
-test_rows, test_images = usable(test_rows, numbers, "held-out", settings.num_test_rows)
+test_numbers, test_images = usable(test_rows, numbers, "held-out", settings.num_test_rows)
 numbers = numbers if held_out_from_train else shuffled(train_rows)
-train_rows, _ = usable(train_rows, numbers, "training", needed, held_out=test_images)
-if len(test_rows) < settings.num_test_rows:
-    sys.exit(f"{source} has {len(test_rows)} held-out rows to use, not --num_test_rows {settings.num_test_rows}.")
-if len(train_rows) == 0:
-    sys.exit(f"{source} has no row to train on.")
-print(f"{source}: {len(train_rows):,} rows to train on, {len(test_rows):,} others held out")
+train_numbers, _ = usable(train_rows, numbers, "training", needed, held_out=test_images)
+test_rows, train_rows = test_rows.select(test_numbers), train_rows.select(train_numbers)
+if len(test_rows) < settings.num_test_rows or len(train_rows) == 0:
+    sys.exit(
+        f"{source} has too few rows: {len(test_rows)} to hold out (--num_test_rows {settings.num_test_rows}) and "
+        f"{len(train_rows)} others to train on. Lower --num_test_rows, or add data."
+    )
+known = {"".join(text.split()) for text in train_rows[settings.text_column]}
+seen = sum("".join(text.split()) in known for text in test_rows[settings.text_column])
+also = f" ({seen} of them of formulas that other images in training show)" if seen else ""
+print(f"{source}: {len(train_rows):,} rows to train on, {len(test_rows):,} others held out{also}")
 
 # %% [markdown]
 # ## Model
@@ -321,13 +327,8 @@ def must_fit(task):
 
 
 dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
-lora = {
-    "r": settings.lora_r,
-    "lora_alpha": settings.lora_alpha,
-    "lora_dropout": settings.lora_dropout,
-    "target_modules": settings.lora_target_modules,
-    "bias": "none",
-}
+lora = {"r": settings.lora_r, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout, "bias": "none"}
+lora["target_modules"] = settings.lora_target_modules
 try:
     AutoConfig.from_pretrained(settings.model_name_or_path)  # a wrong name ends here, in the hub's own words
     with must_fit("the model"):
@@ -362,10 +363,7 @@ try:
             torch.manual_seed(training_args.seed)
             model = get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"))
 except (OSError, ValueError) as error:
-    sys.exit(
-        f"Could not load the model {settings.model_name_or_path!r}: {reason(error, settings.model_name_or_path)}. "
-        "Check the name or the path, the network, and for a gated model that you are logged in (hf auth login)."
-    )
+    could_not_load("model", settings.model_name_or_path, error)
 
 # Qwen2-VL resizes an image to sides that are multiples of 28 pixels and to an area between these two.
 for edge, pixels in (("shortest_edge", settings.min_pixels), ("longest_edge", settings.max_pixels)):
@@ -444,12 +442,25 @@ truths = [text.strip() for text in test_rows[settings.text_column]]
 
 
 # %%
+def ask(images):
+    """The inputs that have the model read `images`: prompts padded on the left, so that each answer follows its own."""
+    return processor(
+        text=[prompt] * len(images),
+        images=[[image] for image in images],
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+        return_tensors="pt",
+    ).to(model.device, dtype)
+
+
 def stream_sample():
-    """Prints the first held-out formula and, token by token, what the model reads in its image."""
+    """Shows the first held-out formula and, token by token, what the model reads in its image."""
+    if in_notebook:
+        display(test_set[0]["image"])  # noqa: F821 (IPython's)
     print(f"\n      image: {outputs / 'sample.png'}\n true LaTeX: {truths[0]}\nmodel reads: ", end="")
-    inputs = processor(text=[prompt], images=[[test_set[0]["image"]]], add_special_tokens=False, return_tensors="pt")
     model.generate(
-        **inputs.to(model.device, dtype),
+        **ask([test_set[0]["image"]]),
         streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
         max_new_tokens=settings.max_new_tokens,
         do_sample=True,
@@ -463,42 +474,40 @@ def stream_sample():
 longest = max(len(processor.tokenizer(text + end_of_turn).input_ids) for text in truths)
 
 
-@find_executable_batch_size(starting_batch_size=training_args.per_device_eval_batch_size)
-def read_test_set(batch_size):
-    """Reads all held-out images greedily. Returns the texts, and how many of them the length limit cut."""
-    texts, cut = [], 0
-    for start in tqdm(range(0, len(test_set), batch_size), "Reading held-out images"):
-        images = [[image] for image in test_set[start : start + batch_size]["image"]]
-        inputs = processor(
-            text=[prompt] * len(images),
-            images=images,
-            padding=True,
-            padding_side="left",  # the answer has to follow the prompt directly
-            add_special_tokens=False,
-            return_tensors="pt",
-        ).to(model.device, dtype)
-        tokens = model.generate(
-            **inputs,
-            max_new_tokens=max(longest, settings.max_new_tokens),
-            do_sample=False,
-            repetition_penalty=1.0,  # some models' own default, but formulas do repeat themselves
-            use_cache=True,
-        )[:, inputs["input_ids"].shape[1] :]
-        texts += processor.batch_decode(tokens, skip_special_tokens=True)
-        ends = torch.tensor(model.generation_config.eos_token_id, device=tokens.device)
-        cut += int((~torch.isin(tokens, ends).any(dim=1)).sum())
-    return texts, cut
+def read_test_set():
+    """Reads all held-out images greedily. Returns [{"text": str, "cut": whether the length limit ended it}, ...]."""
+    readings, bar = [], tqdm(total=len(test_set), desc="Reading held-out images")
+    less = iter([settings.test_batch_size >> halvings for halvings in range(1, 32)])
+
+    @find_executable_batch_size(starting_batch_size=settings.test_batch_size, reduce_batch_size_fn=lambda: next(less))
+    def read_on(batch_size):
+        while len(readings) < len(test_set):
+            inputs = ask(test_set[len(readings) : len(readings) + batch_size]["image"])
+            tokens = model.generate(
+                **inputs,
+                max_new_tokens=max(longest, settings.max_new_tokens),
+                do_sample=False,
+                repetition_penalty=1.0,  # some models' own default, but formulas do repeat themselves
+                use_cache=True,
+            )[:, inputs["input_ids"].shape[1] :]
+            ends = torch.tensor(model.generation_config.eos_token_id, device=tokens.device)
+            cut = (~torch.isin(tokens, ends).any(dim=1)).tolist()
+            texts = processor.batch_decode(tokens, skip_special_tokens=True)
+            readings.extend({"text": text, "cut": cut} for text, cut in zip(texts, cut, strict=True))
+            bar.update(len(texts))
+
+    read_on()
+    bar.close()
+    return readings
 
 
-def score():
-    """Reads the held-out images and returns {"cer": float, "exact_match": float, "cut": int, "rows": int}."""
-    texts, cut = read_test_set()
-    pairs = [("".join(truth.split()), "".join(text.split())) for truth, text in zip(truths, texts, strict=True)]
+def score(readings):
+    """Returns {"cer": character error rate, "exact_match": share, "cut": share} of the held-out images' readings."""
+    pairs = ["".join(truth.split()) for truth in truths], ["".join(reading["text"].split()) for reading in readings]
     return {
-        "cer": sum(Levenshtein.distance(truth, text) for truth, text in pairs) / sum(len(truth) for truth, _ in pairs),
-        "exact_match": sum(truth == text for truth, text in pairs) / len(pairs),
-        "cut": cut,
-        "rows": len(pairs),
+        "cer": sum(map(Levenshtein.distance, *pairs)) / sum(map(len, pairs[0])),
+        "exact_match": sum(map(str.__eq__, *pairs)) / len(truths),
+        "cut": sum(reading["cut"] for reading in readings) / len(truths),
     }
 
 
@@ -506,11 +515,10 @@ if FastVisionModel:
     FastVisionModel.for_inference(model)
 model.eval()
 test_set[0]["image"].save(outputs / "sample.png")
-if in_notebook:
-    display(test_set[0]["image"])  # noqa: F821 (IPython's)
 with must_fit("reading an image"):
     stream_sample()
-    before = score()
+    readings_before = read_test_set()
+before = score(readings_before)
 print(f"Before training: CER {before['cer']:.3f}, exact match {before['exact_match']:.1%}")
 
 # %% [markdown]
@@ -526,8 +534,8 @@ class LossBar(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
-        elif "train_runtime" not in logs:  # the summary at the end is ours
-            super().on_log(args, state, control, logs=logs, **kwargs)
+        elif self.training_bar is not None and "eval_loss" in logs:
+            self.training_bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
 
 
 if FastVisionModel:
@@ -552,7 +560,7 @@ if torch.cuda.is_available():
     torch.cuda.reset_peak_memory_stats()
 with must_fit("a training step"):
     train = trainer.train(resume_from_checkpoint=checkpoint).metrics
-train["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+train["log"] = trainer.state.log_history
 if torch.cuda.is_available():
     train["peak_memory_gb"] = torch.cuda.max_memory_reserved() / 1e9
 
@@ -564,35 +572,46 @@ if torch.cuda.is_available():
 if FastVisionModel:
     FastVisionModel.for_inference(model)
 model.eval()
-if in_notebook:
-    display(test_set[0]["image"])  # noqa: F821
 stream_sample()
-after = score()
+readings_after = read_test_set()
+after = score(readings_after)
+print(f"After training: CER {after['cer']:.3f}, exact match {after['exact_match']:.1%}")
 
 # %% [markdown]
 # ## Save
-# The adapters and their processor, for PEFT and Unsloth to load, and every number of the run.
+# The adapters and their processor, for PEFT and Unsloth to load; every held-out image with its readings; every number
+# of the run. `report.py`, where it lies beside this file, makes a page to look at out of them.
 
 # %%
 model.save_pretrained(outputs / "adapter")
 processor.save_pretrained(outputs / "adapter")
+(outputs / "held_out").mkdir(exist_ok=True)
+predictions = []
+for row, truth, old, new, sample in zip(test_numbers, truths, readings_before, readings_after, test_set, strict=True):
+    image = f"held_out/{row}.png"
+    sample["image"].save(outputs / image)
+    predictions.append(json.dumps({"row": row, "image": image, "truth": truth, "before": old, "after": new}))
+
 packages = ["torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "pillow", "rapidfuzz"]
-if FastVisionModel:
-    packages += ["unsloth", "unsloth_zoo"]
 metrics = {
+    "rows": len(truths),
+    "rows_of_seen_formulas": seen,
     "before": before,
     "after": after,
     "train": train,
+    "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
     "settings": asdict(settings) | training_args.to_sanitized_dict(),
-    "versions": {package: version(package) for package in packages},
+    "versions": {name: version(name) for name in packages + ["unsloth", "unsloth_zoo"] * bool(FastVisionModel)},
 }
-(outputs / "metrics.json").write_text(json.dumps(metrics, indent=2))
+for name, text in (("predictions.jsonl", "\n".join(predictions)), ("metrics.json", json.dumps(metrics, indent=2))):
+    part = outputs / f"{name}.part"  # so that nobody, not even after a crash, finds half a file
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(outputs / name)
 
-print(f"\n{before['rows']} held-out images   before    after")
-for label, name, style in (("CER", "cer", ".3f"), ("exact match", "exact_match", ".1%"), ("cut at limit", "cut", "d")):
-    print(f"{label:<18}{before[name]:>9{style}}{after[name]:>9{style}}")
 memory = f", {train['peak_memory_gb']:.1f} GB of GPU memory at most" if "peak_memory_gb" in train else ""
-print(
-    f"Trained in {train['train_runtime']:.0f} s, {train['train_samples_per_second']:.1f} samples/s{memory}.\n"
-    f"The adapter is in {outputs / 'adapter'}, all numbers in {outputs / 'metrics.json'}."
-)
+print(f"Trained in {train['train_runtime']:.0f} s, {train['train_samples_per_second']:.1f} samples/s{memory}.")
+print(f"The adapter is in {outputs / 'adapter'}, all numbers in {outputs / 'metrics.json'}.")
+if find_spec("report"):
+    import report
+
+    report.make(outputs)

@@ -16,7 +16,7 @@ def pixels(samples):
     return {sample["image"].tobytes() for sample in samples}
 
 
-def test_held_out_images_are_never_trained_on(execute, tmp_path):
+def test_held_out_images_are_never_trained_on(execute, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     rows = load_dataset("demo/data", split="train").select(range(60))
     doubled = [*range(60), *range(30)]  # a split of these has rows on both sides, unless somebody looks
@@ -31,6 +31,15 @@ def test_held_out_images_are_never_trained_on(execute, tmp_path):
     assert len(held_out) >= 5 and len(trained) >= 50
     assert not held_out & trained
     assert len(names["train_rows"]) < len(doubled) - len(names["test_rows"]), "no doubles were left out"
+    assert names["seen"] == 0
+    # The same formula in another image is held out all the same, and said.
+    twice = rows.remove_columns("text").add_column("text", ["x + y"] * 60)
+    twice.to_parquet(tmp_path / "data" / "rows.parquet")
+    names = execute(
+        *SHORT, "--output_dir", tmp_path, "--dataset_name", tmp_path / "data" / "rows.parquet", until="Model"
+    )
+    assert names["seen"] == len(names["test_rows"]) == 6
+    assert "(6 of them of formulas that other images in training show)" in capsys.readouterr().out
 
 
 def test_labels_are_the_answer_and_its_end_token(execute, tmp_path):
@@ -73,7 +82,7 @@ def test_a_length_limit_cuts_every_tensor_alike(execute, tmp_path):
 def test_saved_adapter_reads_the_same_by_plain_peft(execute, tmp_path):
     options = ("--output_dir", tmp_path, "--max_steps", 8, "--num_test_rows", 12, "--save_strategy", "no")
     names = execute(*SHORT, *options)
-    texts, _ = names["read_test_set"]()
+    texts = names["read_test_set"]()
 
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="float32"
@@ -87,18 +96,26 @@ def test_saved_adapter_reads_the_same_by_plain_peft(execute, tmp_path):
     # The script's functions find the model by its name in these globals.
     names["model"] = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     names["processor"] = AutoProcessor.from_pretrained(tmp_path / "adapter")
-    assert names["read_test_set"]()[0] == texts
+    assert names["read_test_set"]() == texts
     with names["model"].disable_adapter():
-        assert names["read_test_set"]()[0] != texts, "eight steps changed nothing: the comparison shows nothing"
+        assert names["read_test_set"]() != texts, "eight steps changed nothing: the comparison shows nothing"
 
 
-def test_what_is_read_does_not_depend_on_the_batch_size(execute, tmp_path):
+def test_what_is_read_does_not_depend_on_the_batch_size_nor_on_memory(execute, tmp_path, monkeypatch):
     names = execute(*SHORT, "--output_dir", tmp_path, "--num_test_rows", 10, until="Train")
-    texts, cut = names["read_test_set"]()
-    again = execute(
-        *SHORT, "--output_dir", tmp_path, "--num_test_rows", 10, "--per_device_eval_batch_size", 3, until="Train"
-    )
-    assert again["read_test_set"]() == (texts, cut)
+    whole = names["read_test_set"]()
+    generate, asked = names["model"].generate, []
+
+    def short_of_memory(**inputs):
+        asked.append(len(inputs["input_ids"]))
+        if asked[-1] > 4 or len(asked) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return generate(**inputs)
+
+    monkeypatch.setattr(names["model"], "generate", short_of_memory)
+    names["settings"].test_batch_size = 8
+    assert names["read_test_set"]() == whole
+    assert asked == [8, 4, 4, 2, 2, 2], "halved, and on from where it was"
 
 
 def encoded(image, kind="PNG", **options):

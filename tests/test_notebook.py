@@ -30,4 +30,6 @@ def test_the_notebook_runs(tmp_path):
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2, "the sample is shown before and after"
     printed = "".join(output.get("text", "") for output in outputs if output.output_type == "stream")
     assert re.search(r"CER +\d+\.\d+ +\d+\.\d+", printed)
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["after"]["rows"] == 6
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["rows"] == 6
+    shown = "".join(output.get("data", {}).get("text/html", "") for output in outputs)
+    assert "<iframe srcdoc=" in shown and "&lt;article" in shown, "the report is shown"

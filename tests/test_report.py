@@ -1,0 +1,167 @@
+"""The report as people see it: in a real browser, from disk, without a network, with readings that mean harm."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(browser is None, reason="no Chromium here (Debian: apt-get install chromium)")
+
+HARM = [
+    "<script>window.harmed = 1</script>",
+    r"\text{<script>window.harmed = 1</script>}",
+    r"\text{<img src=x onerror='window.harmed = 1'>}",
+    r"\href{javascript:window.harmed=1}{x}",
+    r"\style{position:fixed;inset:0;background:red}{x}",
+    r"\class{pick}{x}",
+    "</code></div></article></body><h1>harm</h1>",
+    '"><svg onload="window.harmed = 1">',
+    "{{ 7 * 191 }} {% for x in y %}",
+    r"\newcommand{\a}{\a\a}\a",
+    r"\hspace{99999em} x \rule{9999em}{9999em}",
+    "x" * 3000,
+]
+# Truth, before and after: one fixed, one broken, one right both times, one still wrong for each attempt at harm.
+ROWS = [
+    ("x ^ { 2 }", "x", "x^2"),
+    ("a + b", "a + b", "a - b"),
+    (r"\frac { 1 } { 2 }", r"\frac12", r"\frac { 1 } { 2 }"),
+]
+ROWS += [(r"\sum _ { i } x _ { i }", text, text) for text in HARM]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """What a run leaves behind, and the report of it."""
+    folder = tmp_path_factory.mktemp("outputs")
+    (folder / "adapter").mkdir()
+    (folder / "held_out").mkdir()
+    log = [{"step": i, "loss": 2 / i, "learning_rate": 1e-3 * (1 - i / 20)} for i in range(1, 21)]
+    log += [{"step": 10, "eval_loss": 0.4}, {"step": 20, "eval_loss": 0.3}, {"step": 20, "train_runtime": 1.0}]
+    settings = {"model_name_or_path": "/home/somebody/secret/model", "dataset_name": "unsloth/LaTeX_OCR", "seed": 1}
+    settings |= {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "lora_r": 16, "lora_alpha": 16}
+    settings |= {"lora_dropout": 0.0, "dataset_test_split": "test", "instruction": "Write <b>LaTeX</b>."}
+    train = {"train_runtime": 12.5, "train_samples_per_second": 8.0, "log": log, "peak_memory_gb": 9.3}
+    metrics = {"train": train, "settings": settings, "hardware": "a GPU", "versions": {"torch": "2.10.0"}}
+    metrics["rows_of_seen_formulas"] = 5
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    with open(folder / "predictions.jsonl", "w") as file:
+        for row, (truth, before, after) in enumerate(ROWS):
+            Image.new("RGB", (200 + 300 * row, 40), "white").save(folder / "held_out" / f"{row}.png")
+            line = {"row": row, "image": f"held_out/{row}.png", "truth": truth}
+            readings = ({"text": text, "cut": False} for text in (before, after))
+            print(json.dumps(line | dict(zip(("before", "after"), readings, strict=True))), file=file)
+    make(folder)
+    return folder
+
+
+def make(folder):
+    command = [sys.executable, ROOT / "report.py", folder]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout
+
+
+def test_files(outputs):
+    metrics = json.loads((outputs / "metrics.json").read_text())
+    predictions = [json.loads(line) for line in (outputs / "predictions.jsonl").read_text().splitlines()]
+    assert metrics["before"]["formula_match"] == metrics["after"]["formula_match"] == pytest.approx(2 / len(ROWS))
+    low, high = metrics["difference"]["formula_match"]["interval"]
+    assert low < 0 < high
+    assert [prediction["after"]["formula_match"] for prediction in predictions[:3]] == [True, False, True]
+    assert predictions[2]["before"]["formula_match"] and not predictions[2]["before"]["exact_match"]
+    before = {name: (outputs / name).read_text() for name in ("metrics.json", "predictions.jsonl", "report.html")}
+    make(outputs)
+    assert before == {name: (outputs / name).read_text() for name in before}, "a second report is another one"
+    assert not list(outputs.rglob("*.part"))
+    assert "\nformula match" in make(outputs)
+    assert "5 of the images show formulas that training images show too" in (outputs / "report.html").read_text()
+
+
+def test_model_card(outputs):
+    from huggingface_hub import ModelCard
+
+    text = (outputs / "adapter" / "README.md").read_text()
+    data = ModelCard(text).data
+    assert data.datasets == "unsloth/LaTeX_OCR" and data.library_name == "peft"
+    results = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert results == json.loads((outputs / "metrics.json").read_text())["after"]
+    for name in ("report.html", "adapter/README.md"):
+        assert "somebody" not in (outputs / name).read_text().split("All settings")[0], (
+            f"a path of the user's in {name}"
+        )
+
+
+def test_no_finished_run():
+    ended = subprocess.run([sys.executable, ROOT / "report.py", ROOT / "tests"], capture_output=True, text=True)
+    assert ended.returncode == 1 and "no finished run" in ended.stderr and "Traceback" not in ended.stderr
+
+
+@pytest.fixture
+def page(outputs, request, tmp_path):
+    """The report in Chromium, at a width and in a colour scheme."""
+    from playwright.sync_api import sync_playwright
+
+    width, scheme = request.param
+    said = []
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
+        page = context.new_page()
+        page.on("request", lambda request: said.append(f"request: {request.url[:60]}"))
+        page.on("console", lambda message: said.append(f"console: {message.text}"))
+        page.on("dialog", lambda dialog: said.append("dialog"))
+        page.goto((outputs / "report.html").as_uri())
+        page.screenshot(path=tmp_path / f"report-{width}.png", full_page=True)
+        yield page
+        asked = [line for line in said if not line.startswith(("request: file:", "request: data:"))]
+        assert not asked, asked
+        chromium.close()
+
+
+def visible(page):
+    return [int(text.split()[-1]) for text in page.locator("article:visible header .dim").all_inner_texts()]
+
+
+@needs_browser
+@pytest.mark.parametrize("page", [(1280, "light"), (390, "dark")], indirect=True)
+def test_in_a_browser(page):
+    assert page.evaluate("window.harmed") is None
+    assert page.locator("h1").count() == 1 and page.locator("script, iframe, object, link, a").count() == 0
+    assert page.locator("article [style], article [class=pick], math [href]").count() == 0
+    assert page.locator("text=1337").count() == 0
+    # Everything is laid out, nothing is wider than the page.
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+    boxes = "[...document.querySelectorAll('math')].map(math => math.getBoundingClientRect())"
+    sizes = page.evaluate(f"{boxes}.map(box => [box.width, box.height])")
+    assert len(sizes) > 2 * len(ROWS) and all(width > 3 and height > 3 for width, height in sizes)
+    inside = "a => a.scrollWidth <= a.clientWidth + 1"
+    assert page.evaluate(f"[...document.querySelectorAll('article')].every({inside})")
+    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    marks = page.locator("article", has_text="row 1").first.locator("mark").all_inner_texts()
+    assert marks
+    # The filter.
+    assert len(visible(page)) == len(ROWS)
+    for label, rows in (("fixed", [0]), ("broken by training", [1]), ("right before and after", [2])):
+        page.get_by_text(label, exact=False).locator("visible=true").first.click()
+        assert visible(page) == rows, label
+    page.locator("label[for=wrong]").click()
+    assert len(visible(page)) == len(HARM)
+    page.locator("label[for=all]").click()
+
+    def top():
+        order = "(a, b) => a.getBoundingClientRect().top - b.getBoundingClientRect().top"
+        return page.evaluate(f"[...document.querySelectorAll('article')].sort({order})[0].innerText")
+
+    assert "worst" in top()
+    page.locator("label[for=best]").click()
+    assert "best" in top()
+    page.locator("label[for=median]").click()
+    assert "median" in top()
+    colours = page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
+    assert colours[0] != colours[1]
