@@ -87,7 +87,10 @@ class Settings:
         default=r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|qkv|attn\.proj|out_proj|fc1|fc2)",
         help="regular expression of the layers with adapters: attention and MLP, vision and language",
     )
-    min_pixels: int | None = HfArg(default=None, help="enlarge images of a smaller area (None: as the model has it)")
+    # Three times the median area of unsloth/LaTeX_OCR, where most images are 40 pixels high and would reach Qwen2-VL 28
+    # high, four letters to an image token. The demo's model, trained on them for 1,080 steps, has a CER of 0.74 as they
+    # are, 0.62 at twice the area and 0.51 at three times. The 7B's steps take as long (0.7 s) and 12% more memory.
+    min_pixels: int | None = HfArg(default=30_000, help="enlarge images of a smaller area (None: as the model has it)")
     max_pixels: int | None = HfArg(default=None, help="shrink images of a larger area (None: as the model has it)")
 
     dataset_name: str = HfArg(default="unsloth/LaTeX_OCR", help="a hub name, a folder, or a parquet, JSON or CSV file")
@@ -366,11 +369,12 @@ except (OSError, ValueError) as error:
     could_not_load("model", settings.model_name_or_path, error)
 
 # Qwen2-VL resizes an image to sides that are multiples of 28 pixels and to an area between these two.
-for edge, pixels in (("shortest_edge", settings.min_pixels), ("longest_edge", settings.max_pixels)):
-    if pixels is not None:
-        if edge not in processor.image_processor.size:
-            sys.exit(f"{settings.model_name_or_path} has no min_pixels and max_pixels: leave them out.")
-        processor.image_processor.size[edge] = pixels
+area = processor.image_processor.size
+if "longest_edge" in area:
+    area["longest_edge"] = settings.max_pixels or area["longest_edge"]
+    area["shortest_edge"] = min(settings.min_pixels or area["shortest_edge"], area["longest_edge"])
+elif settings.max_pixels or settings.min_pixels not in (None, Settings.min_pixels):
+    sys.exit(f"{settings.model_name_or_path} has no min_pixels and max_pixels: leave them out.")
 
 trainable, total = model.get_nb_trainable_parameters()
 print(
@@ -382,6 +386,8 @@ print(
 # ## Samples
 # Each row becomes a chat: the user asks and shows the image, the assistant answers in LaTeX. Samples are made at the
 # moment they are needed; a list of them, as other recipes make, has filled memories (unslothai/unsloth issue 2315).
+# The LaTeX stays as the data spells it. Without its needless spaces (`\frac{1}{2}`) it is a third fewer tokens, yet in
+# the same time a small model learned to read neither printed nor handwritten formulas better (README).
 
 # %%
 # How a question looks and how an answer ends is for the model's chat template to say ("<|im_end|>" for Qwen2-VL).
