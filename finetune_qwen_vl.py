@@ -259,26 +259,25 @@ def shuffled(rows):
 def usable(rows, numbers, split, wanted, held_out=frozenset()):
     """Takes rows by the iterator `numbers` until `wanted` are found that can be used (None: all that can).
 
-    A row can be used if its text is not empty and its image decodes and is not in `held_out`, a set of digests of image
-    files. Prints which others it met. Returns the rows' numbers, and their images' digests.
+    A row can be used if its text is not empty and its image decodes and is not in `held_out`, a set of digests of
+    images. Prints which others it met. Returns the rows' numbers, and their images' digests.
     """
     kept, digests, left_out = [], set(), defaultdict(list)
     for number in tqdm(numbers, f"Checking {split} rows", total=wanted or len(rows), leave=False):
         text, image = rows[number][settings.text_column], rows[number][settings.image_column]
+        try:
+            digest = hashlib.sha256(open_image(image).tobytes()).digest()
+        except Exception:  # on a broken file Pillow's decoders raise anything
+            digest = None
         if not (isinstance(text, str) and text.strip()):
             left_out["no text"].append(number)
-            continue
-        try:
-            digest = hashlib.sha256(image_bytes(image)).digest()
-            open_image(image)
-        except Exception:  # on a broken file Pillow's decoders raise anything
+        elif digest is None:
             left_out["image missing or unreadable"].append(number)
-            continue
-        if digest in held_out:
+        elif digest in held_out:
             left_out["same image as a held-out row"].append(number)
-            continue
-        kept.append(number)
-        digests.add(digest)
+        else:
+            kept.append(number)
+            digests.add(digest)
         if len(kept) == wanted:
             break
     for reason, numbers in left_out.items():
@@ -346,6 +345,7 @@ try:
             model = FastVisionModel.get_peft_model(
                 model, **lora, use_gradient_checkpointing=checkpointing, random_state=training_args.seed
             )
+            to_inference, to_training = FastVisionModel.for_inference, FastVisionModel.for_training
         else:
             nf4 = BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -365,12 +365,13 @@ try:
                     layer.support_avx512bf16_for_cpu = False
             torch.manual_seed(training_args.seed)
             model = get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"))
+            to_inference, to_training = torch.nn.Module.eval, torch.nn.Module.train
 except (OSError, ValueError) as error:
     could_not_load("model", settings.model_name_or_path, error)
 
 # Qwen2-VL resizes an image to sides that are multiples of 28 pixels and to an area between these two.
 area = processor.image_processor.size
-if "longest_edge" in area:
+if "shortest_edge" in area and "longest_edge" in area:
     area["longest_edge"] = settings.max_pixels or area["longest_edge"]
     area["shortest_edge"] = min(settings.min_pixels or area["shortest_edge"], area["longest_edge"])
 elif settings.max_pixels or settings.min_pixels not in (None, Settings.min_pixels):
@@ -517,9 +518,7 @@ def score(readings):
     }
 
 
-if FastVisionModel:
-    FastVisionModel.for_inference(model)
-model.eval()
+to_inference(model)
 test_set[0]["image"].save(outputs / "sample.png")
 with must_fit("reading an image"):
     stream_sample()
@@ -544,8 +543,7 @@ class LossBar(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
 
 
-if FastVisionModel:
-    FastVisionModel.for_training(model)
+to_training(model)
 trainer = SFTTrainer(
     model=model,
     processing_class=processor,
@@ -575,9 +573,7 @@ if torch.cuda.is_available():
 # The same image and the same scores again. Only what was held out can tell whether the model has learned to read.
 
 # %%
-if FastVisionModel:
-    FastVisionModel.for_inference(model)
-model.eval()
+to_inference(model)
 stream_sample()
 readings_after = read_test_set()
 after = score(readings_after)
