@@ -47,10 +47,10 @@ CASES = {
     ),
     "an empty data set": ([*SHORT, "--dataset_name", "DATA/empty.parquet"], ["empty.parquet", "no rows"]),
     "no row that can be used": ([*SHORT, "--dataset_name", "DATA/broken.parquet"], ["unreadable", "0 held-out rows"]),
-    "too few held-out rows": ([*SHORT, "--num_test_rows", "9999"], ["200 held-out rows", "--num_test_rows"]),
+    "too few held-out rows": ([*SHORT, "--num_test_rows", "9999"], ["rows: 200 to hold out", "--num_test_rows"]),
     "too few rows to hold some out": (
         [*SHORT, "--dataset_name", "DATA/ten.parquet", "--num_test_rows", "10"],
-        ["10 rows", "--num_test_rows"],
+        ["too few rows: 10 to hold out", "--num_test_rows"],
     ),
     "a model that is not there": ([*SHORT, "--model_name_or_path", "./none"], ["./none", "no such file or folder"]),
     "a model that the hub can't give": (

@@ -58,7 +58,7 @@ def test_forms_of_data(form, rows, tmp_path):
     ended = run(*SHORT, "--dataset_name", form(rows, tmp_path / "data"), "--output_dir", tmp_path / "out")
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "16 rows to train on, 6 others held out" in ended.stdout
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["after"]["rows"] == 6
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["rows"] == 6
 
 
 def test_names_and_instruction_are_settings(rows, tmp_path):
