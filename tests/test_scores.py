@@ -132,12 +132,16 @@ def test_other_spellings_of_real_formulas_match(rule, monkeypatch):
 
 def test_another_symbol_does_not_match(monkeypatch):
     monkeypatch.chdir(ROOT)
-    pairs = []
+    pairs, symbol = [], r"[A-Za-z0-9]|\\(alpha|theta|mu|pi|phi|Delta|infty)"
     for text in formulas():
         tokens = text.split()
-        # Any letter or digit but those in the names of operators, lengths and columns, which are no symbols.
+        # The first letter or digit, but for those in the names of operators, lengths and columns, which are no symbols.
         named = r"\\(operatorname\*?|hspace\*?|begin) \{[^}]*$|\\begin\{array\} \{[^}]*$"
-        places = (i for i, token in enumerate(tokens) if token.isalnum() and not re.search(named, " ".join(tokens[:i])))
+        places = (
+            i
+            for i, token in enumerate(tokens)
+            if re.fullmatch(symbol, token) and not re.search(named, " ".join(tokens[:i]))
+        )
         place = next(places)
         tokens[place] = "Q" if tokens[place] != "Q" else "q"
         pairs.append((text, " ".join(tokens)))
