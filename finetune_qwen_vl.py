@@ -222,7 +222,8 @@ for option in ("image_column", "text_column"):
     if column not in train_rows.column_names:
         sys.exit(f"{source} has no column {column!r}; --{option} takes one of {train_rows.column_names}.")
 held_out_from_train = settings.dataset_test_split not in splits
-test_rows = train_rows if held_out_from_train else splits[settings.dataset_test_split]
+test_split = settings.dataset_train_split if held_out_from_train else settings.dataset_test_split
+test_rows = splits[test_split]
 try:
     train_rows = train_rows.cast_column(settings.image_column, Image(decode=False))
     test_rows = test_rows.cast_column(settings.image_column, Image(decode=False))
@@ -410,6 +411,18 @@ def to_samples(rows):
     }
 
 
+def encode(texts, images, padding_side):
+    """Makes the model's inputs of `texts`, which each have one of `images` in them: tensors, padded to one length."""
+    return processor(
+        text=texts,
+        images=[[image] for image in images],
+        padding=True,
+        padding_side=padding_side,
+        add_special_tokens=False,  # the chat template has put them
+        return_tensors="pt",
+    )
+
+
 max_length = training_args.max_length  # kept here because Unsloth's trainer sets it to 2048
 
 
@@ -419,14 +432,8 @@ def collate(samples):
     `labels`, shape (samples, tokens) like `input_ids`, holds the completion, from the first token of the LaTeX to the
     end-of-turn token, and -100 elsewhere. (TRL's own collator adds the template's next newline, and can't do Llama.)
     """
-    batch = processor(
-        text=[sample["prompt"] + sample["completion"] for sample in samples],
-        images=[[sample["image"]] for sample in samples],
-        padding=True,
-        padding_side="right",
-        add_special_tokens=False,  # the chat template has put them
-        return_tensors="pt",
-    )
+    texts = [sample["prompt"] + sample["completion"] for sample in samples]
+    batch = encode(texts, [sample["image"] for sample in samples], "right")
     completions = processor.tokenizer([sample["completion"] for sample in samples], add_special_tokens=False).input_ids
     labels = torch.full_like(batch["input_ids"], -100)
     for row, completion in enumerate(completions):
@@ -449,25 +456,13 @@ truths = [text.strip() for text in test_rows[settings.text_column]]
 
 
 # %%
-def ask(images):
-    """The inputs that have the model read `images`: prompts padded on the left, so that each answer follows its own."""
-    return processor(
-        text=[prompt] * len(images),
-        images=[[image] for image in images],
-        padding=True,
-        padding_side="left",
-        add_special_tokens=False,
-        return_tensors="pt",
-    ).to(model.device, dtype)
-
-
 def stream_sample():
     """Shows the first held-out formula and, token by token, what the model reads in its image."""
     if in_notebook:
         display(test_set[0]["image"])  # noqa: F821 (IPython's)
     print(f"\n      image: {outputs / 'sample.png'}\n true LaTeX: {truths[0]}\nmodel reads: ", end="")
     model.generate(
-        **ask([test_set[0]["image"]]),
+        **encode([prompt], [test_set[0]["image"]], "left").to(model.device, dtype),
         streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
         max_new_tokens=settings.max_new_tokens,
         do_sample=True,
@@ -489,7 +484,9 @@ def read_test_set():
     @find_executable_batch_size(starting_batch_size=settings.test_batch_size, reduce_batch_size_fn=lambda: next(less))
     def read_on(batch_size):
         while len(readings) < len(test_set):
-            inputs = ask(test_set[len(readings) : len(readings) + batch_size]["image"])
+            images = test_set[len(readings) : len(readings) + batch_size]["image"]
+            # Padded on the left: the answer has to follow the prompt directly.
+            inputs = encode([prompt] * len(images), images, "left").to(model.device, dtype)
             tokens = model.generate(
                 **inputs,
                 max_new_tokens=max(longest, settings.max_new_tokens),
@@ -597,6 +594,7 @@ for row, truth, old, new, sample in zip(test_numbers, truths, readings_before, r
 packages = ["torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "pillow", "rapidfuzz"]
 metrics = {
     "rows": len(truths),
+    "test_split": test_split,
     "rows_of_seen_formulas": seen,
     "before": before,
     "after": after,

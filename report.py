@@ -16,7 +16,6 @@ import io
 import json
 import re
 import sys
-from collections import Counter
 from datetime import datetime
 from itertools import accumulate, chain
 from pathlib import Path
@@ -38,6 +37,14 @@ SCORES = {
     "formula_match": ("formula match", "the same formula, however it is spelled", False, ".1%"),
     "is_latex": ("is LaTeX", "can be typeset at all", False, ".1%"),
     "cut": ("cut off", "still going on at the length limit", True, ".1%"),
+}
+
+# What became of a row, by whether the formula was right before and whether it is after.
+KINDS = {
+    (False, True): "fixed",
+    (False, False): "still wrong",
+    (True, False): "broken by training",
+    (True, True): "kept right",
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,24 +216,17 @@ def gallery(outputs, predictions, shown=240):
     for rank, i in enumerate(ranking):
         prediction = predictions[i]
         truth, old, new = prediction["truth"], prediction["before"], prediction["after"]
-        was_right, is_right = old["formula_match"], new["formula_match"]
-        readings = [("truth", truth, [[truth, False]], None)]
+        readings = [("truth", drawing(truth), [[truth, False]], None)]
         for when, reading in (("before", old), ("after", new)):
-            readings.append((when, reading["text"], marked(reading["text"], truth), reading))
+            readings.append((when, drawing(reading["text"]), marked(reading["text"], truth), reading))
         rows.append(
             {
                 "row": prediction["row"],
-                "kind": "kept"
-                if was_right and is_right
-                else "fixed"
-                if is_right
-                else "broken"
-                if was_right
-                else "wrong",
+                "kind": KINDS[old["formula_match"], new["formula_match"]],
                 "place": {0: "worst", middle: "median", len(ranking) - 1: "best"}.get(rank, ""),
                 "order": (rank, abs(rank - middle), len(ranking) - rank),
                 "image": picture(outputs / prediction["image"]),
-                "readings": [(when, drawing(text), pieces, reading) for when, text, pieces, reading in readings],
+                "readings": readings,
             }
         )
     return rows
@@ -310,8 +310,8 @@ circle { fill: var(--bad); }
 article { order: var(--worst); border: 1px solid var(--line); border-radius: .6rem; overflow: hidden; }
 #best:checked ~ .gallery article { order: var(--best); }
 #median:checked ~ .gallery article { order: var(--median); }
-{%- for kind in ("fixed", "wrong", "broken", "kept") %}
-#{{ kind }}:checked ~ .gallery article:not(.{{ kind }}) { display: none; }
+{%- for kind in kinds %}
+#kind{{ loop.index }}:checked ~ .gallery article:not([data-kind="{{ kind }}"]) { display: none; }
 {%- endfor %}
 article header { display: flex; justify-content: space-between; padding: .35rem .8rem; background: var(--panel); }
 article img { display: block; max-width: calc(100% - 1.6rem); max-height: 11rem; margin: .8rem; background: #fff; }
@@ -374,13 +374,12 @@ loss{% endif %} · <span class="key speed"></span> learning rate, on the right</
 </figure>
 
 <h2>What it reads</h2>
-{% if kinds.total() < rows %}<p class="dim">{{ kinds.total() }} of {{ rows }} images: the worst, the median and the best
-ones.</p>{% endif %}
-<input class="pick" type="radio" name="kind" id="all" checked><label for="all">all {{ kinds.total() }}</label>
-{%- for kind, text in (("fixed", "fixed"), ("wrong", "still wrong"), ("broken", "broken by training"),
-  ("kept", "right before and after")) %}
-<input class="pick" type="radio" name="kind" id="{{ kind }}"{{ "" if kinds[kind] else " disabled" }}>
-<label for="{{ kind }}">{{ text }} {{ kinds[kind] }}</label>
+{% if gallery | length < rows %}<p class="dim">{{ gallery | length }} of {{ rows }} images: the worst, the median and
+the best ones.</p>{% endif %}
+<input class="pick" type="radio" name="kind" id="all" checked><label for="all">all {{ gallery | length }}</label>
+{%- for kind, count in kinds.items() %}
+<input class="pick" type="radio" name="kind" id="kind{{ loop.index }}"{{ "" if count else " disabled" }}>
+<label for="kind{{ loop.index }}">{{ kind }} {{ count }}</label>
 {%- endfor %}
 <br>
 <input class="pick" type="radio" name="order" id="worst" checked><label for="worst">worst first</label>
@@ -388,10 +387,9 @@ ones.</p>{% endif %}
 <input class="pick" type="radio" name="order" id="best"><label for="best">best first</label>
 <div class="gallery">
 {% for item in gallery -%}
-<article class="{{ item.kind }}" style="--worst: {{ item.order[0] }}; --median: {{ item.order[1] }}; --best:
+<article data-kind="{{ item.kind }}" style="--worst: {{ item.order[0] }}; --median: {{ item.order[1] }}; --best:
   {{ item.order[2] }}">
-<header><b>{{ {"fixed": "fixed", "wrong": "still wrong", "broken": "broken by training", "kept": "right"}[item.kind] }}
-</b><span class="dim">{{ item.place + ", " if item.place }}row {{ item.row }}</span></header>
+<header><b>{{ item.kind }}</b><span class="dim">{{ item.place + ", " if item.place }}row {{ item.row }}</span></header>
 <img alt="the image of row {{ item.row }}" src="{{ item.image }}">
 {% for when, formula, pieces, reading in item.readings -%}
 <div class="reading"><div class="dim">{{ when }}
@@ -469,6 +467,7 @@ def make(outputs):
     run = {
         "model": shown_name(settings["model_name_or_path"]),
         "data": shown_name(settings["dataset_name"]),
+        "held out": f"{rows} rows of {metrics['test_split']}",
         "trained on": f"{samples:,} samples in {train['log'][-1]['step']:,} steps",
         "learning rate": f"{settings['learning_rate']:g}, {settings['lr_scheduler_type']}",
         "adapters": f"r {settings['lora_r']}, alpha {settings['lora_alpha']}, dropout {settings['lora_dropout']}",
@@ -502,14 +501,14 @@ def make(outputs):
             sentence=sentence,
             settings=settings,
             gallery=items,
-            kinds=Counter(item["kind"] for item in items),
+            kinds={kind: sum(item["kind"] == kind for item in items) for kind in KINDS.values()},
             curve=curve(train["log"]),
         )
     )
 
     hub = {"base_model": settings["model_name_or_path"], "datasets": settings["dataset_name"]}
     results = {"task_type": "image-to-text", "dataset_type": run["data"], "dataset_name": run["data"]}
-    results["dataset_split"] = settings["dataset_test_split"]
+    results["dataset_split"] = metrics["test_split"]
     card = ModelCardData(
         model_name=f"{run['model']} for LaTeX OCR",
         library_name="peft",

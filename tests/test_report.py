@@ -48,7 +48,7 @@ def outputs(tmp_path_factory):
     settings |= {"lora_dropout": 0.0, "dataset_test_split": "test", "instruction": "Write <b>LaTeX</b>."}
     train = {"train_runtime": 12.5, "train_samples_per_second": 8.0, "log": log, "peak_memory_gb": 9.3}
     metrics = {"train": train, "settings": settings, "hardware": "a GPU", "versions": {"torch": "2.10.0"}}
-    metrics["rows_of_seen_formulas"] = 5
+    metrics |= {"rows_of_seen_formulas": 5, "test_split": "train"}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     with open(folder / "predictions.jsonl", "w") as file:
         for row, (truth, before, after) in enumerate(ROWS):
@@ -88,6 +88,7 @@ def test_model_card(outputs):
 
     text = (outputs / "adapter" / "README.md").read_text()
     data = ModelCard(text).data
+    assert {result.dataset_split for result in data.eval_results} == {"train"}
     assert data.datasets == "unsloth/LaTeX_OCR" and data.library_name == "peft"
     results = {result.metric_type: result.metric_value for result in data.eval_results}
     assert results == json.loads((outputs / "metrics.json").read_text())["after"]
@@ -147,10 +148,10 @@ def test_in_a_browser(page):
     assert marks
     # The filter.
     assert len(visible(page)) == len(ROWS)
-    for label, rows in (("fixed", [0]), ("broken by training", [1]), ("right before and after", [2])):
+    for label, rows in (("fixed", [0]), ("broken by training", [1]), ("kept right", [2])):
         page.get_by_text(label, exact=False).locator("visible=true").first.click()
         assert visible(page) == rows, label
-    page.locator("label[for=wrong]").click()
+    page.get_by_text("still wrong 12", exact=True).click()
     assert len(visible(page)) == len(HARM)
     page.locator("label[for=all]").click()
 
