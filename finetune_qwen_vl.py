@@ -24,6 +24,7 @@
 # `--config`), and so is every other option of TRL's `SFTConfig`. In a notebook, change them here.
 
 # %%
+import gc
 import hashlib
 import io
 import json
@@ -32,6 +33,7 @@ import os
 import random
 import re
 import sys
+import time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -39,7 +41,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-# Compiling takes a minute before the first step and wins nothing back in 30 steps (README, "What was measured").
+# Compiling takes two minutes before the first step, and no later one is faster (benchmarks/README.md).
 os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
 # Unsloth writes patched copies of its libraries: into the user's cache rather than the working directory.
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path.home() / ".cache" / "unsloth_compiled"))
@@ -54,6 +56,8 @@ FastVisionModel = None
 if torch.cuda.is_available():
     try:
         from unsloth import FastVisionModel  # before transformers, TRL and PEFT, which it patches
+        from unsloth.kernels.fast_lora import LoRA_W
+        from unsloth.kernels.utils import get_lora_parameters_bias
     except (ImportError, NotImplementedError, RuntimeError) as error:
         print(f"Without Unsloth, which can't be used here: {error}")
 
@@ -63,9 +67,11 @@ from bitsandbytes.nn import Linear4bit
 from datasets import Image, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from PIL import Image as Pillow
 from PIL import ImageOps
 from rapidfuzz.distance import Levenshtein
+from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TextStreamer
 from transformers.hf_argparser import HfArg
@@ -88,8 +94,7 @@ class Settings:
         help="regular expression of the layers with adapters: attention and MLP, vision and language",
     )
     # Three times the median area of unsloth/LaTeX_OCR, where most images are 40 pixels high and would reach Qwen2-VL 28
-    # high, four letters to an image token. The demo's model, trained on them for 1,080 steps, has a CER of 0.74 as they
-    # are, 0.62 at twice the area and 0.51 at three times. The 7B's steps take as long (0.7 s) and 12% more memory.
+    # high. The demo's model, trained on them so, read with a CER of 0.51, and with 0.74 on the images as they are.
     min_pixels: int | None = HfArg(default=30_000, help="enlarge images of a smaller area (None: as the model has it)")
     max_pixels: int | None = HfArg(default=None, help="shrink images of a larger area (None: as the model has it)")
 
@@ -113,15 +118,16 @@ class TrainingSettings(SFTConfig):
     """TRL's training options with this recipe's defaults."""
 
     output_dir: str = "outputs"
-    # The same losses as the usual 2 x 4 in less time: on an H200 0.8 s a step, against 3.4 s (README).
-    per_device_train_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool | None = None  # None: if the GPU has less than 32 GB (8 x 1 takes 21 without, 9 with)
-    max_steps: int = 30  # of 8 samples; for all of them once: --max_steps -1 --num_train_epochs 1
+    # 8 samples a step, as 8 x 1, 4 x 2, 2 x 4 or 1 x 8, with activations kept or recomputed: what is None here becomes,
+    # in training, the fastest split that fits the memory. The losses are the same.
+    per_device_train_batch_size: int | None = None  # alone, it is the samples of a step
+    gradient_accumulation_steps: int | None = None
+    gradient_checkpointing: bool | None = None
+    max_steps: int = 30  # for all samples once: --max_steps -1 --num_train_epochs 1
     warmup_steps: float = 5
     learning_rate: float = 2e-4
     lr_scheduler_type: str = "linear"
-    optim: str = "adamw_8bit"
+    optim: str = "adamw_torch_fused"  # the usual 8-bit one saves 0.3 GB, and a step takes 0.1 s more
     weight_decay: float = 0.001
     bf16: bool | None = None  # None: bf16 where the GPU has it, else fp16; 32 bits without a GPU
     seed: int = 3407
@@ -138,8 +144,17 @@ class TrainingSettings(SFTConfig):
         if self.bf16 is None:
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
         self.fp16 = self.fp16 or (on_gpu and not self.bf16)
-        if self.gradient_checkpointing is None:
-            self.gradient_checkpointing = on_gpu and torch.cuda.mem_get_info()[1] < 32e9
+        asked = self.per_device_train_batch_size, self.gradient_accumulation_steps, self.gradient_checkpointing
+        effective = (asked[0] or max(8 // (asked[1] or 1), 1)) * (asked[1] or 1)
+        # (samples at once, times a step, whether recomputed), the fastest first. To keep the activations of a quarter
+        # at once is slower than to recompute those of all, and takes more memory.
+        self.splits = [
+            (effective // times, times, recompute)
+            for recompute, choice in ((False, (1, 2)), (True, (1, 2, 4, 8)))
+            for times in ([asked[1]] if asked[1] else choice)
+            if effective % times == 0 and asked[2] in (None, recompute)
+        ]
+        self.per_device_train_batch_size, self.gradient_accumulation_steps, self.gradient_checkpointing = self.splits[0]
         if self.eval_strategy != "no" and self.save_strategy != "no":
             self.save_strategy, self.save_steps, self.load_best_model_at_end = self.eval_strategy, self.eval_steps, True
         self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
@@ -261,13 +276,14 @@ def usable(rows, numbers, split, wanted, held_out=frozenset()):
     """Takes rows by the iterator `numbers` until `wanted` are found that can be used (None: all that can).
 
     A row can be used if its text is not empty and its image decodes and is not in `held_out`, a set of digests of
-    images. Prints which others it met. Returns the rows' numbers, and their images' digests.
+    images. Prints which others it met. Returns {row's number: pixels of its image}, and the images' digests.
     """
-    kept, digests, left_out = [], set(), defaultdict(list)
+    kept, digests, left_out = {}, set(), defaultdict(list)
     for number in tqdm(numbers, f"Checking {split} rows", total=wanted or len(rows), leave=False):
         text, image = rows[number][settings.text_column], rows[number][settings.image_column]
         try:
-            digest = hashlib.sha256(open_image(image).tobytes()).digest()
+            picture = open_image(image)
+            digest = hashlib.sha256(picture.tobytes()).digest()
         except Exception:  # on a broken file Pillow's decoders raise anything
             digest = None
         if not (isinstance(text, str) and text.strip()):
@@ -277,7 +293,7 @@ def usable(rows, numbers, split, wanted, held_out=frozenset()):
         elif digest in held_out:
             left_out["same image as a held-out row"].append(number)
         else:
-            kept.append(number)
+            kept[number] = picture.width * picture.height
             digests.add(digest)
         if len(kept) == wanted:
             break
@@ -290,10 +306,10 @@ def usable(rows, numbers, split, wanted, held_out=frozenset()):
 effective_batch = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
 needed = training_args.max_steps * effective_batch if training_args.max_steps > 0 else None
 numbers = shuffled(test_rows)
-test_numbers, test_images = usable(test_rows, numbers, "held-out", settings.num_test_rows)
+test_pixels, test_images = usable(test_rows, numbers, "held-out", settings.num_test_rows)
 numbers = numbers if held_out_from_train else shuffled(train_rows)
-train_numbers, _ = usable(train_rows, numbers, "training", needed, held_out=test_images)
-test_rows, train_rows = test_rows.select(test_numbers), train_rows.select(train_numbers)
+train_pixels, _ = usable(train_rows, numbers, "training", needed, held_out=test_images)
+test_rows, train_rows = test_rows.select([*test_pixels]), train_rows.select([*train_pixels])
 if len(test_rows) < settings.num_test_rows or len(train_rows) == 0:
     sys.exit(
         f"{source} has too few rows: {len(test_rows)} to hold out (--num_test_rows {settings.num_test_rows}) and "
@@ -323,12 +339,24 @@ def must_fit(task):
         free += torch.cuda.memory_reserved()  # our own share
         sys.exit(
             f"\nThe memory does not suffice for {task}: {free / 1e9:.1f} of the GPU's {total / 1e9:.1f} GB are free "
-            "for this run. Close what else uses the GPU, or set --per_device_train_batch_size 2 "
-            "--gradient_accumulation_steps 4 --gradient_checkpointing true, or take a smaller model, such as "
-            "--model_name_or_path unsloth/Qwen2-VL-2B-Instruct-bnb-4bit"
+            "for this run. Close what else uses the GPU, leave batch size and gradient checkpointing to the script, or "
+            "take a smaller model, such as --model_name_or_path unsloth/Qwen2-VL-2B-Instruct-bnb-4bit"
         )
 
 
+def fuse(layer):
+    """Has a layer with LoRA computed by Unsloth's kernel for text models: a few launches instead of a dozen."""
+
+    def forward(x):
+        weight, quantization, a, b, scale, bias = get_lora_parameters_bias(layer)
+        y = LoRA_W.apply(x[None] if x.dim() == 2 else x, weight, quantization, a, b, scale).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+
+    layer.forward = forward
+
+
+# Where PyTorch prefers cuDNN's attention (Hopper), it plans anew for every new size of an image or a text.
+torch.backends.cuda.enable_cudnn_sdp(False)
 dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
 lora = {"r": settings.lora_r, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout, "bias": "none"}
 lora["target_modules"] = settings.lora_target_modules
@@ -336,16 +364,18 @@ try:
     AutoConfig.from_pretrained(settings.model_name_or_path)  # a wrong name ends here, in the hub's own words
     with must_fit("the model"):
         if FastVisionModel:
-            checkpointing = "unsloth" if training_args.gradient_checkpointing else False
             model, processor = FastVisionModel.from_pretrained(
                 settings.model_name_or_path,
                 load_in_4bit=settings.load_in_4bit,
                 dtype=dtype,
-                use_gradient_checkpointing=checkpointing,
+                use_gradient_checkpointing=False,
             )
             model = FastVisionModel.get_peft_model(
-                model, **lora, use_gradient_checkpointing=checkpointing, random_state=training_args.seed
+                model, **lora, use_gradient_checkpointing=False, random_state=training_args.seed
             )
+            for layer in model.modules():
+                if isinstance(layer, LoraLayer) and not settings.lora_dropout:
+                    fuse(layer)
             to_inference, to_training = FastVisionModel.for_inference, FastVisionModel.for_training
         else:
             nf4 = BitsAndBytesConfig(
@@ -366,7 +396,7 @@ try:
                     layer.support_avx512bf16_for_cpu = False
             torch.manual_seed(training_args.seed)
             model = get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"))
-            to_inference, to_training = torch.nn.Module.eval, torch.nn.Module.train
+            to_inference, to_training = torch.nn.Module.eval, lambda model, recompute: model.train()
 except (OSError, ValueError) as error:
     could_not_load("model", settings.model_name_or_path, error)
 
@@ -388,8 +418,7 @@ print(
 # ## Samples
 # Each row becomes a chat: the user asks and shows the image, the assistant answers in LaTeX. Samples are made at the
 # moment they are needed; a list of them, as other recipes make, has filled memories (unslothai/unsloth issue 2315).
-# The LaTeX stays as the data spells it. Without its needless spaces (`\frac{1}{2}`) it is a third fewer tokens, yet in
-# the same time a small model learned to read neither printed nor handwritten formulas better (README).
+# The LaTeX stays as the data spells it: fewer spaces, a third fewer tokens, did not teach a small model more (README).
 
 # %%
 # How a question looks and how an answer ends is for the model's chat template to say ("<|im_end|>" for Qwen2-VL).
@@ -403,18 +432,18 @@ except ValueError:
 
 
 def to_samples(rows):
-    """Turns a batch of rows into samples: an RGB image, the prompt, and the completion that the model has to learn."""
+    """Turns a batch of rows into samples: an RGB image, and the tokens of the answer that the model has to learn."""
+    answers = [text.strip() + end_of_turn for text in rows[settings.text_column]]
     return {
         "image": [open_image(image) for image in rows[settings.image_column]],
-        "prompt": [prompt for _ in rows[settings.text_column]],
-        "completion": [text.strip() + end_of_turn for text in rows[settings.text_column]],
+        "answer": processor.tokenizer(answers, add_special_tokens=False).input_ids,
     }
 
 
-def encode(texts, images, padding_side):
-    """Makes the model's inputs of `texts`, which each have one of `images` in them: tensors, padded to one length."""
+def encode(images, padding_side):
+    """Makes the model's inputs that ask it to read `images`: tensors, padded to one length."""
     return processor(
-        text=texts,
+        text=[prompt] * len(images),
         images=[[image] for image in images],
         padding=True,
         padding_side=padding_side,
@@ -427,27 +456,64 @@ max_length = training_args.max_length  # kept here because Unsloth's trainer set
 
 
 def collate(samples):
-    """Makes one batch of samples, padded on the right, with labels only where the loss is to look.
+    """Makes one batch of samples: the tokens that ask, then those of the answer, padded on the right.
 
-    `labels`, shape (samples, tokens) like `input_ids`, holds the completion, from the first token of the LaTeX to the
+    `labels`, shape (samples, tokens) like `input_ids`, holds the answer, from the first token of the LaTeX to the
     end-of-turn token, and -100 elsewhere. (TRL's own collator adds the template's next newline, and can't do Llama.)
     """
-    texts = [sample["prompt"] + sample["completion"] for sample in samples]
-    batch = encode(texts, [sample["image"] for sample in samples], "right")
-    completions = processor.tokenizer([sample["completion"] for sample in samples], add_special_tokens=False).input_ids
-    labels = torch.full_like(batch["input_ids"], -100)
-    for row, completion in enumerate(completions):
-        end = int(batch["attention_mask"][row].sum())
-        labels[row, end - len(completion) : end] = torch.tensor(completion)
-    if not torch.equal(labels[labels != -100], batch["input_ids"][labels != -100]):
-        raise ValueError("This tokenizer merges the end of the prompt with the answer, which can't be masked apart.")
-    batch["labels"] = labels
-    whole = labels.shape
+    batch = encode([sample["image"] for sample in samples], "right")
+    asked = batch["attention_mask"].sum(dim=1, keepdim=True)
+    answered = torch.tensor([[len(sample["answer"])] for sample in samples])
+    shape, length = batch["input_ids"].shape, int((asked + answered).max())
+    # What a tensor says of each token (its kind, the images it sees) holds for the answer as for the prompt's last one.
+    column = torch.arange(length).expand(len(samples), length)
+    source_column = torch.minimum(column, asked - 1)
+    for name, value in batch.items():
+        if value.shape[:2] == shape:
+            batch[name] = value.take_along_dim(source_column.view(*source_column.shape, *[1] * (value.dim() - 2)), 1)
+    answer = (asked <= column) & (column < asked + answered)
+    batch["input_ids"][column >= asked] = processor.tokenizer.pad_token_id
+    batch["input_ids"][answer] = torch.tensor([token for sample in samples for token in sample["answer"]])
+    batch["attention_mask"][column >= asked + answered] = 0
+    batch["labels"] = batch["input_ids"].where(answer, -100)
+    whole = column.shape
     return {name: value[:, :max_length] if value.shape[:2] == whole else value for name, value in batch.items()}
+
+
+class LikeLengths(Sampler):
+    """All rows in an order that the seed and the epoch decide, those of one step of like length: little is padding.
+
+    `lengths` of the rows, in about tokens. The longest come first: a split that fits them fits all.
+    """
+
+    def __init__(self, lengths, rows_a_step):
+        self.lengths, self.rows_a_step, self.epoch = lengths, rows_a_step, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __iter__(self):
+        size, chance = self.rows_a_step, random.Random(f"{training_args.seed} {self.epoch}")
+        rows = chance.sample(range(len(self)), len(self))
+        for pool in (slice(start, start + 16 * size) for start in range(0, len(rows), 16 * size)):
+            rows[pool] = sorted(rows[pool], key=self.lengths.__getitem__)
+        steps = [rows[start : start + size] for start in range(0, len(rows), size)]
+        rest = steps.pop() if len(rows) % size else []
+        chance.shuffle(steps)
+        steps.sort(key=lambda step: max(self.lengths) not in [self.lengths[row] for row in step])
+        return (row for step in [*steps, rest] for row in step)
 
 
 train_set, test_set = train_rows.with_transform(to_samples), test_rows.with_transform(to_samples)
 truths = [text.strip() for text in test_rows[settings.text_column]]
+# Qwen2-VL takes a token for 28 x 28 pixels; two characters of LaTeX are about one.
+lengths = [
+    max(pixels, area.get("shortest_edge", 0)) / 28**2 + len(text) / 2
+    for pixels, text in zip(train_pixels.values(), train_rows[settings.text_column], strict=True)
+]
 
 # %% [markdown]
 # ## Before
@@ -462,7 +528,7 @@ def stream_sample():
         display(test_set[0]["image"])  # noqa: F821 (IPython's)
     print(f"\n      image: {outputs / 'sample.png'}\n true LaTeX: {truths[0]}\nmodel reads: ", end="")
     model.generate(
-        **encode([prompt], [test_set[0]["image"]], "left").to(model.device, dtype),
+        **encode([test_set[0]["image"]], "left").to(model.device, dtype),
         streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
         max_new_tokens=settings.max_new_tokens,
         do_sample=True,
@@ -486,7 +552,7 @@ def read_test_set():
         while len(readings) < len(test_set):
             images = test_set[len(readings) : len(readings) + batch_size]["image"]
             # Padded on the left: the answer has to follow the prompt directly.
-            inputs = encode([prompt] * len(images), images, "left").to(model.device, dtype)
+            inputs = encode(images, "left").to(model.device, dtype)
             tokens = model.generate(
                 **inputs,
                 max_new_tokens=max(longest, settings.max_new_tokens),
@@ -526,7 +592,8 @@ print(f"Before training: CER {before['cer']:.3f}, exact match {before['exact_mat
 # %% [markdown]
 # ## Train
 # The loss counts what the model is to write, the LaTeX and its end-of-turn token, and not the prompt. A killed run goes
-# on from its last checkpoint with `--resume_from_checkpoint true`.
+# on from its last checkpoint with `--resume_from_checkpoint true`. The samples of a step are split as is fastest; where
+# that runs out of memory, training goes on, from the step it had come to, with the next split.
 
 
 # %%
@@ -540,27 +607,52 @@ class LossBar(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
 
 
-to_training(model)
-trainer = SFTTrainer(
-    model=model,
-    processing_class=processor,
-    args=training_args,
-    data_collator=collate,
-    train_dataset=train_set,
-    eval_dataset=test_set if training_args.eval_strategy != "no" else None,
-)
-if not in_notebook and not training_args.disable_tqdm:
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(LossBar)
-# TRL rounds the adapters of a 4-bit model to bf16, where small updates are lost and fp16 training fails.
-for parameter in model.parameters():
-    if parameter.requires_grad:
-        parameter.data = parameter.data.float()
-if torch.cuda.is_available():
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+sampler = LikeLengths(lengths, effective_batch)
+first_step = json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"] if checkpoint else 0
+started = time.perf_counter()
 with must_fit("a training step"):
-    train = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    for split in training_args.splits:
+        size, times, recompute = split
+        print(f"Training {size} x {times} samples a step, activations {'recomputed' if recompute else 'kept'}")
+        training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps = size, times
+        training_args.gradient_checkpointing = recompute
+        to_training(model, recompute)
+        trainer = SFTTrainer(
+            model=model,
+            processing_class=processor,
+            args=training_args,
+            data_collator=collate,
+            train_dataset=train_set,
+            eval_dataset=test_set if training_args.eval_strategy != "no" else None,
+        )
+        trainer._get_train_sampler = lambda *_: sampler
+        if not in_notebook and not training_args.disable_tqdm:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(LossBar)
+        # TRL rounds the adapters of a 4-bit model to bf16, where small updates are lost and fp16 training fails.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            train = trainer.train(resume_from_checkpoint=checkpoint).metrics
+            break
+        except RuntimeError as error:
+            if "out of memory" not in str(error) or split == training_args.splits[-1]:
+                raise
+        # Only here, past the error, is what it was computing let go.
+        print("\nThat takes more memory than there is; on with the next fastest:")
+        model.zero_grad(set_to_none=True)
+        if trainer.state.global_step:
+            trainer._save_checkpoint(model, trial=None)
+            checkpoint = outputs / f"checkpoint-{trainer.state.global_step}"
+        trainer = None
+        gc.collect()
+
+train["train_runtime"] = time.perf_counter() - started
+train["train_samples_per_second"] = (trainer.state.global_step - first_step) * effective_batch / train["train_runtime"]
 train["log"] = trainer.state.log_history
 if torch.cuda.is_available():
     train["peak_memory_gb"] = torch.cuda.max_memory_reserved() / 1e9
@@ -586,7 +678,7 @@ model.save_pretrained(outputs / "adapter")
 processor.save_pretrained(outputs / "adapter")
 (outputs / "held_out").mkdir(exist_ok=True)
 predictions = []
-for row, truth, old, new, sample in zip(test_numbers, truths, readings_before, readings_after, test_set, strict=True):
+for row, truth, old, new, sample in zip(test_pixels, truths, readings_before, readings_after, test_set, strict=True):
     image = f"held_out/{row}.png"
     sample["image"].save(outputs / image)
     predictions.append(json.dumps({"row": row, "image": image, "truth": truth, "before": old, "after": new}))

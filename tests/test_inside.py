@@ -59,7 +59,10 @@ def test_labels_are_the_answer_and_its_end_token(execute, tmp_path):
         assert tokenizer.decode(ids[:first]).endswith("<|im_end|>\n<|im_start|>assistant\n")
         assert tokenizer.decode(ids[:first]).count(names["settings"].instruction) == 1
         assert set(ids[first + len(learned) :]) <= {tokenizer.pad_token_id}
-        assert sample["prompt"] + sample["completion"] == names["prompt"] + text.strip() + "<|im_end|>"
+        assert tokenizer.decode(sample["answer"]) == text.strip() + "<|im_end|>"
+        image_tokens = ids.count(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+        asked = names["prompt"].replace("<|image_pad|>", "<|image_pad|>" * image_tokens)
+        assert tokenizer.decode(ids[:first]) == asked
     # The trainer's loss is the mean over those tokens of all samples, however they are split into micro-batches.
     whole = names["collate"](samples)
     model = names["model"].eval()
@@ -159,3 +162,56 @@ def test_every_image_mode_is_black_on_white(open_image):
         assert (opened.mode, opened.size) == ("RGB", (60, 20)), name
         error = np.abs(np.asarray(opened).astype(int) - gray[:, :, None]).mean()
         assert error < 1, f"{name}: {error:.1f} gray levels away from what a person sees"
+
+
+def test_steps_are_of_like_length_shuffled_and_each_row_comes_once(execute, tmp_path):
+    names = execute(*SHORT, "--output_dir", tmp_path, "--max_steps", 40, until="Before")
+    lengths, size = names["lengths"], 8
+    sampler = names["LikeLengths"](lengths, size)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(len(lengths)))
+    assert orders[0] == orders[2] != orders[1], "the seed and the epoch decide"
+    steps = [orders[0][start : start + size] for start in range(0, len(lengths), size)]
+
+    def padding(steps):
+        return sum(max(lengths[row] for row in step) - lengths[row] for step in steps for row in step)
+
+    unsorted = [list(range(start, start + size)) for start in range(0, len(lengths), size)]
+    assert padding(steps) < padding(unsorted) / 3
+    assert max(lengths) in [lengths[row] for row in steps[0]]
+    means = [sum(lengths[row] for row in step) / size for step in steps[1:]]
+    assert means != sorted(means) and means != sorted(means, reverse=True), "long and short steps are mixed"
+    # An epoch that ends with fewer rows than a step has them in its last step.
+    uneven = names["LikeLengths"](lengths[:43], size)
+    assert sorted(uneven) == list(range(43))
+
+
+def test_the_gradient_of_a_batch_is_the_same_however_split(execute, tmp_path):
+    norms = []
+    for split in ((8, 1, False), (4, 2, False), (2, 4, True), (1, 8, True)):
+        options = ("--per_device_train_batch_size", split[0], "--gradient_accumulation_steps", split[1])
+        options += ("--gradient_checkpointing", split[2], "--save_strategy", "no", "--num_test_rows", 2)
+        names = execute(*SHORT, *options, "--output_dir", tmp_path, until="After")
+        assert names["training_args"].splits == [split]
+        norms.append([entry["grad_norm"] for entry in names["trainer"].state.log_history if "grad_norm" in entry])
+    for other in norms[1:]:
+        assert other == pytest.approx(norms[0], rel=1e-3)
+
+
+def test_what_the_user_sets_of_the_split_is_obeyed(execute, tmp_path):
+    def splits(*options):
+        demo = ("--model_name_or_path", "demo/model", "--dataset_name", "demo/data", "--output_dir", tmp_path)
+        return execute(*demo, *options, until="Data")["training_args"].splits
+
+    kept, recomputed = [(8, 1, False), (4, 2, False)], [(8, 1, True), (4, 2, True), (2, 4, True), (1, 8, True)]
+    assert splits() == kept + recomputed
+    assert splits("--gradient_checkpointing", "false") == kept
+    assert splits("--gradient_checkpointing", "true") == recomputed
+    assert splits("--gradient_accumulation_steps", 2) == [kept[1], recomputed[1]]
+    assert splits("--per_device_train_batch_size", 16)[0] == (16, 1, False)
+    assert {size * times for size, times, _ in splits("--per_device_train_batch_size", 16)} == {16}
+    both = ("--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 5)
+    assert splits(*both) == [(3, 5, False), (3, 5, True)]
