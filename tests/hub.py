@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Hub:
-    """`endpoint` is its address, `files` what was committed: {repository: {path: bytes}}; `token` is the one it takes."""
+    """`endpoint` is its address, `token` what it lets in, `files` what was committed: {repository: {path: bytes}}."""
 
     def __init__(self, token):
         self.token, self.files, self.asked = token, {}, []
