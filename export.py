@@ -12,6 +12,7 @@ import argparse
 import gc
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,17 @@ SHARE = {"float32": 1.0, "bfloat16": 0.95, "float16": 0.95}
 # All that an adapter and its processor consist of. Whatever else lies in the folder is nobody's business.
 SHARED = ["README.md", "adapter_config.json", "adapter_model.safetensors", "*token*.json", "*processor_config.json"]
 SHARED += ["chat_template.j*", "vocab.json", "merges.txt"]
+
+
+def prepare(settings, training_args):
+    """What a run wants done at its end, checked, as options of `main`. The token gets into no file."""
+    wanted = {"save_merged": settings.save_merged, "save_gguf": settings.save_gguf}
+    if training_args.push_to_hub:
+        wanted |= {name: getattr(training_args, name) for name in ("push_to_hub", "hub_model_id", "hub_private_repo")}
+        if training_args.hub_token:  # the libraries take it from here, too
+            os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
+    check(**wanted)
+    return wanted
 
 
 def check(save_gguf=None, push_to_hub=False, hub_model_id=None, hub_private_repo=None, **_):
@@ -191,11 +203,11 @@ def merge(outputs, metrics, dtype=None):
     by_merged = read(merged_model, processor, files, settings)
     same = sum(one == other for one, other in zip(by_adapters, by_merged, strict=True))
     base_kind = f"{base_name}, its 4-bit weights dequantized" if in_4bit else f"{base_name}, as it is"
-    said = f"it reads {same} of {len(rows)} held-out images as the adapters do, the base {as_base}"
+    said = f"it reads {same} of {len(rows)} held-out images as the adapters do, the base alone {as_base}"
     if same < SHARE[dtype] * len(rows):
         sys.exit(
-            f"Not merged: {said}; {SHARE[dtype]:.0%} are needed. What was made is in {part}, not to be used. If only the "
-            f"rounding to {dtype} is to blame, export.py {outputs} --save_merged --dtype float32 goes through."
+            f"Not merged: {said}; {SHARE[dtype]:.0%} are needed. What was made is in {part}, not to be used. Where "
+            f"only the rounding to {dtype} is to blame, this helps: export.py {outputs} --save_merged --dtype float32"
         )
     shutil.rmtree(merged, ignore_errors=True)
     part.replace(merged)
@@ -282,7 +294,7 @@ def main():
             merge(outputs, metrics, wanted.dtype)
         if wanted.save_gguf:
             to_gguf(outputs / "merged", wanted.save_gguf)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         sys.exit(f"There is no finished run in {outputs}, or its base model is not at hand: {first_line(error)}")
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error).lower():

@@ -178,17 +178,13 @@ if checkpoint and checkpoint.lower() == "true":
     checkpoint = get_last_checkpoint(outputs) or f"in {outputs}"
 if checkpoint and not Path(checkpoint).is_dir():
     parser.error(f"there is no checkpoint {checkpoint} to go on from: start anew, without --resume_from_checkpoint")
-beyond = {"save_merged": settings.save_merged, "save_gguf": settings.save_gguf}
-if training_args.push_to_hub:
-    beyond |= {name: getattr(training_args, name) for name in ("push_to_hub", "hub_model_id", "hub_private_repo")}
-if training_args.hub_token:  # from here the libraries take it, too, and it does not get into checkpoints
-    os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
-if any(beyond.values()):  # what can't be done is said now rather than after hours of training
+beyond = settings.save_merged or settings.save_gguf or training_args.push_to_hub
+if beyond:  # what can't be done is said now rather than after hours of training
     if not find_spec("export"):
         parser.error("--save_merged, --save_gguf and --push_to_hub need export.py, which has to lie beside this file")
     import export
 
-    export.check(**beyond)
+    beyond = export.prepare(settings, training_args)
 if not torch.cuda.is_available() and settings.model_name_or_path == Settings.model_name_or_path:
     sys.exit(
         f"{settings.model_name_or_path} needs an NVIDIA GPU with 10 GB of free memory, and there is none here. "
@@ -632,7 +628,7 @@ if find_spec("report"):
     import report
 
     report.make(outputs)
-if any(beyond.values()):
+if beyond:
     del model, trainer  # their memory is needed
     torch.cuda.empty_cache()
     export.run(outputs, **beyond)
