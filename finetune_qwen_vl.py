@@ -112,6 +112,9 @@ class Settings:
     temperature: float = HfArg(default=1.5, help="temperature of the streamed sample (scores are greedy)")
     min_p: float = HfArg(default=0.1, help="the streamed sample takes no token below this share of the likeliest one")
 
+    save_merged: bool = HfArg(default=False, help="also write base and adapters as one 16-bit model (export.py)")
+    save_gguf: str | None = HfArg(default=None, help="also write that for llama.cpp and Ollama: q8_0, ... (export.py)")
+
 
 @dataclass
 class TrainingSettings(SFTConfig):
@@ -136,6 +139,7 @@ class TrainingSettings(SFTConfig):
     eval_steps: float = 0.2  # of the run, with --eval_strategy steps: then the checkpoint of the lowest loss is kept
     save_steps: float = 0.2  # of the run; a whole number: every so many steps
     save_total_limit: int | None = 2
+    hub_strategy: str = "end"  # with --push_to_hub: what export.py pushes, not all of outputs/ with every checkpoint
     report_to: str = "none"
     remove_unused_columns: bool = False  # samples are made out of these columns
 
@@ -189,6 +193,13 @@ if checkpoint and checkpoint.lower() == "true":
     checkpoint = get_last_checkpoint(outputs) or f"in {outputs}"
 if checkpoint and not Path(checkpoint).is_dir():
     parser.error(f"there is no checkpoint {checkpoint} to go on from: start anew, without --resume_from_checkpoint")
+beyond = settings.save_merged or settings.save_gguf or training_args.push_to_hub
+if beyond:  # what can't be done is said now rather than after hours of training
+    if not find_spec("export"):
+        parser.error("--save_merged, --save_gguf and --push_to_hub need export.py, which has to lie beside this file")
+    import export
+
+    beyond = export.prepare(settings, training_args)
 if not torch.cuda.is_available() and settings.model_name_or_path == Settings.model_name_or_path:
     sys.exit(
         f"{settings.model_name_or_path} needs an NVIDIA GPU with 10 GB of free memory, and there is none here. "
@@ -671,7 +682,8 @@ print(f"After training: CER {after['cer']:.3f}, exact match {after['exact_match'
 # %% [markdown]
 # ## Save
 # The adapters and their processor, for PEFT and Unsloth to load; every held-out image with its readings; every number
-# of the run. `report.py`, where it lies beside this file, makes a page to look at out of them.
+# of the run. `report.py`, where it lies beside this file, makes a page to look at out of them, and `export.py` what was
+# asked for beyond: merged weights, a GGUF file, a push to the hub.
 
 # %%
 model.save_pretrained(outputs / "adapter")
@@ -693,6 +705,7 @@ metrics = {
     "train": train,
     "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
     "settings": asdict(settings) | training_args.to_sanitized_dict(),
+    "quantization": model.config.to_dict().get("quantization_config"),
     "versions": {name: version(name) for name in packages + ["unsloth", "unsloth_zoo"] * bool(FastVisionModel)},
 }
 for name, text in (("predictions.jsonl", "\n".join(predictions)), ("metrics.json", json.dumps(metrics, indent=2))):
@@ -707,3 +720,7 @@ if find_spec("report"):
     import report
 
     report.make(outputs)
+if beyond:
+    del model, trainer  # their memory is needed
+    torch.cuda.empty_cache()
+    export.run(outputs, **beyond)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SHORT, run
+from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 
@@ -14,7 +14,8 @@ README = (ROOT / "README.md").read_text()
 def test_every_option_in_the_readme_exists(execute, tmp_path):
     names = execute("--config", "demo/config.yaml", "--output_dir", tmp_path, until="Data")
     known = {option for action in names["parser"]._actions for option in action.option_strings} | {"--config"}
-    own = [line for line in README.splitlines() if "pip install" not in line and "jupytext" not in line]
+    others = ("pip install", "jupytext", "vllm", "--dtype")  # the last one is export.py's
+    own = [line for line in README.splitlines() if not any(word in line for word in others)]
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9]+", "\n".join(own)))
     assert len(used) > 10
     assert used <= known
@@ -40,15 +41,3 @@ def test_xformers_loads_next_to_this_torch():
     said = subprocess.run([sys.executable, "-m", "xformers.info"], capture_output=True, text=True, check=True).stdout
     assert re.search(r"build\.info: +available", said)
     assert re.search(r"memory_efficient_attention\.cutlassF-pt: +available", said)
-
-
-def test_the_readme_s_python_reads_an_image(tmp_path):
-    ended = run(*SHORT, "--output_dir", tmp_path / "outputs")
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    for name, here in (("unsloth/Qwen2-VL-7B-Instruct-bnb-4bit", str(ROOT / "demo/model")), ("auto", "cpu")):
-        assert f'"{name}"' in code
-        code = code.replace(f'"{name}"', f'"{here}"')
-    read = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert read.returncode == 0, read.stderr[-3000:]
-    assert read.stdout.strip()

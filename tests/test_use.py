@@ -1,0 +1,243 @@
+"""From the adapter to use, as the README has it: read a folder, merge, serve, share."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SHORT, run
+from hub import Hub
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+README = (ROOT / "README.md").read_text()
+READ, ASK = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def export(*arguments, cwd=ROOT, **environment):
+    """`python export.py *arguments`, with `environment` added to this one: its `CompletedProcess`."""
+    command = [sys.executable, ROOT / "export.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def hub():
+    hub = Hub("hf_secret")
+    yield hub
+    hub.server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, hub):
+    """A folder with the `outputs/` of a short run that asked for all, on a base stored in 4 bits as the real one is."""
+    place = tmp_path_factory.mktemp("place")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    nf4.bnb_4bit_compute_dtype = torch.float32
+    base = AutoModelForImageTextToText.from_pretrained(
+        ROOT / "demo/model", quantization_config=nf4, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    base.save_pretrained(place / "base")
+    AutoProcessor.from_pretrained(ROOT / "demo/model").save_pretrained(place / "base")
+    options = ["--config", "demo/config.yaml", "--max_steps", "80", "--num_test_rows", "64"]
+    options += ["--model_name_or_path", place / "base", "--output_dir", place / "outputs", "--save_merged", "true"]
+    options += ["--push_to_hub", "true", "--hub_model_id", "somebody/latex", "--hub_token", "hf_secret"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.endpoint)
+        patch.setenv("HF_HUB_OFFLINE", "0")
+        ended = run(*options)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "Merged into" in ended.stdout and "4-bit weights dequantized" in ended.stdout
+    assert "hf_secret" not in ended.stdout + ended.stderr
+    (place / "images").symlink_to(place / "outputs" / "held_out")
+    return place
+
+
+@pytest.fixture(scope="module")
+def readings(place):
+    """What the run read in each held-out image at its end: {file name: LaTeX}."""
+    rows = map(json.loads, (place / "outputs" / "predictions.jsonl").read_text().splitlines())
+    return {Path(row["image"]).name: row["after"]["text"] for row in rows}
+
+
+def read_by_readme(place, model):
+    """What the README's ten lines read in `images` with the model or adapter in `outputs/<model>`."""
+    code = READ.replace('"outputs/adapter"', f'"outputs/{model}"')
+    ended = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return dict(line.split("\t") for line in ended.stdout.splitlines() if line.count("\t") == 1)
+
+
+def test_the_readme_s_ten_lines_read_a_folder(place, readings):
+    assert len([line for line in READ.splitlines() if line.strip()]) <= 10
+    read = read_by_readme(place, "adapter")
+    assert read.keys() == readings.keys()
+    # Other batches than the run's round otherwise, which may tip one reading or two.
+    assert sum(read[name] == text for name, text in readings.items()) >= 0.95 * len(readings)
+
+
+@pytest.fixture(scope="module")
+def exact(place):
+    """A copy of `place`, but for the merged model, which has 32 bits: no rounding excuses a difference."""
+    exact = place.with_name(f"{place.name}-exact")
+    shutil.copytree(place, exact, symlinks=True)
+    ended = export(exact / "outputs", "--save_merged", "--dtype", "float32")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "reads 32 of 32" in ended.stdout and "in float32" in ended.stdout
+    return exact
+
+
+def test_a_merge_in_32_bits_reads_exactly_as_the_adapters_do(exact):
+    base, merged = (load_file(at / "model.safetensors") for at in (ROOT / "demo/model", exact / "outputs/merged"))
+    assert base.keys() == merged.keys(), "other names than the model's own"
+    assert all(weight.dtype == torch.float32 for weight in merged.values())
+
+
+def test_merged_weights_have_16_bits_and_no_trace_of_4(place):
+    weights = load_file(place / "outputs" / "merged" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
+    assert "quantization_config" not in json.loads((place / "outputs" / "merged" / "config.json").read_text())
+    assert not (place / "outputs" / "merged.part").exists()
+
+
+def test_a_merge_that_reads_otherwise_does_not_count(place, tmp_path):
+    outputs = shutil.copytree(place / "outputs", tmp_path / "outputs")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import peft\n"
+        "peft.PeftModel.merge_and_unload = lambda self, **_: self.unload()\n"  # the base, as some recipes ship it
+    )
+    before = (outputs / "merged" / "model.safetensors").read_bytes()
+    ended = export(outputs, "--save_merged", PYTHONPATH=str(tmp_path))
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert ended.stderr.strip().splitlines()[-1].startswith("Not merged: it reads ")
+    assert (outputs / "merged" / "model.safetensors").read_bytes() == before, "the good one is lost"
+
+
+def test_adapters_that_change_no_reading_prove_nothing(tmp_path):
+    """Two steps, on a base stored in 16 bits that the run itself rounds to 4."""
+    ended = run(*SHORT, "--output_dir", tmp_path, "--save_merged", "true")
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr[-3000:]
+    assert "the base alone reads 6 of 6" in ended.stderr
+    assert (tmp_path / "report.html").exists() and not [*tmp_path.glob("merged*")]
+
+
+def test_the_server_reads_as_the_batches_do(exact, tmp_path):
+    read = read_by_readme(exact, "merged")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # The test's own address and image, in the README's own words.
+    code = ASK.replace("localhost:8000", f"127.0.0.1:{port}").replace('"outputs/sample.png"', "file")
+    assert code.count("file") == 1 and str(port) in code
+    code = code.replace("print(", "answers.append(")
+
+    def ask(name):
+        names = {"file": exact / "images" / name, "answers": []}
+        exec(code, names)
+        return names["answers"][0]
+
+    command = [Path(sys.executable).with_name("transformers"), "serve", "outputs/merged", "--port", str(port)]
+    log = open(tmp_path / "server.log", "w+")  # noqa: SIM115
+    server = subprocess.Popen([*command, "--host", "127.0.0.1"], cwd=exact, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()[-3000:]
+                time.sleep(0.3)
+        with ThreadPoolExecutor(8) as eight:
+            answers = dict(zip(read, eight.map(ask, read), strict=True))
+    finally:
+        server.terminate()
+        server.wait(30)
+        log.close()
+    assert len(answers) == 64 and len(set(answers.values())) > 32
+    different = {name: (answers[name], text) for name, text in read.items() if answers[name] != text}
+    assert not different
+
+
+def test_what_is_pushed(place, hub):
+    files = hub.files["somebody/latex"]
+    names = {file.name for file in (place / "outputs" / "adapter").iterdir()}
+    assert set(files) == names, "not the adapter, its processor and its card alone"
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "processor_config.json"} <= names
+    for name in ("adapter_model.safetensors", "tokenizer.json", "processor_config.json"):
+        assert files[name] == (place / "outputs" / "adapter" / name).read_bytes(), name
+    cer = json.loads((place / "outputs" / "metrics.json").read_text())["after"]["cer"]
+    assert f"value: {cer}" in files["README.md"].decode()
+    for name, content in files.items():
+        for own in (str(place), str(ROOT), str(Path.home()) + "/", "hf_secret"):
+            assert own.encode() not in content, f"{own} in {name}"
+
+
+def test_the_token_stays_out_of_what_a_run_writes(place):
+    files = [file for file in (place / "outputs").rglob("*") if file.is_file()]
+    assert any(file.name == "training_args.bin" for file in files)
+    assert not [file for file in files if b"hf_secret" in file.read_bytes()]
+
+
+def test_foreign_files_in_the_adapter_s_folder_are_not_pushed(place, hub, tmp_path):
+    outputs = shutil.copytree(place / "outputs", tmp_path / "outputs")
+    for name in ("training_args.bin", "notes.txt", "checkpoint-1/model.safetensors", "photo.png"):
+        (outputs / "adapter" / name).parent.mkdir(exist_ok=True)
+        (outputs / "adapter" / name).write_text("private")
+    there = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret"}
+    ended = export(outputs, "--push_to_hub", "--hub_model_id", "somebody/again", **there)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert set(hub.files["somebody/again"]) == set(hub.files["somebody/latex"])
+
+
+SENTENCES = {
+    "a push without a name": (["--push_to_hub", "true"], "--hub_model_id"),
+    "a push without a login": (["--push_to_hub", "true", "--hub_model_id", "somebody/other"], "hf auth login"),
+    "a name that the hub can't take": (["--push_to_hub", "true", "--hub_model_id", "a//b"], "no such name"),
+    "an unknown kind of GGUF": (["--save_gguf", "q1"], "q8_0"),
+}
+if not torch.cuda.is_available():
+    SENTENCES["GGUF without a GPU"] = (["--save_gguf", "q8_0"], "needs an NVIDIA GPU")
+
+
+@pytest.mark.parametrize("case", SENTENCES)
+def test_what_can_t_be_done_is_one_sentence(case, place, hub, tmp_path):
+    arguments, words = SENTENCES[case]
+    there = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "", "HF_HOME": str(tmp_path)}
+    ended = export(place / "outputs", *arguments, **there)
+    assert ended.returncode not in (0, None)
+    assert "Traceback" not in ended.stderr and words in ended.stderr.strip().splitlines()[-1], ended.stderr[-3000:]
+    assert "somebody/other" not in hub.files
+
+
+def test_the_script_says_it_before_training(hub, tmp_path):
+    arguments, words = SENTENCES["a push without a login"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("HF_ENDPOINT", hub.endpoint), ("HF_HUB_OFFLINE", "0"), ("HF_HOME", str(tmp_path))):
+            patch.setenv(name, value)
+        patch.delenv("HF_TOKEN", raising=False)
+        ended = run(*SHORT, "--output_dir", tmp_path / "outputs", *arguments)
+    assert ended.returncode == 1 and not ended.stdout
+    assert "Traceback" not in ended.stderr and words in ended.stderr.strip().splitlines()[-1], ended.stderr[-3000:]
+
+
+def test_without_export_py_it_is_said_before_training(tmp_path):
+    shutil.copy(ROOT / "finetune_qwen_vl.py", tmp_path)
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    command = [sys.executable, "finetune_qwen_vl.py", *SHORT, "--save_merged", "true"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2 and "export.py" in ended.stderr.splitlines()[-1] and not ended.stdout
+
+
+def test_no_finished_run():
+    for folder in (ROOT / "tests", ROOT / "nowhere"):
+        ended = export(folder, "--save_merged")
+        assert ended.returncode == 1 and "no finished run" in ended.stderr and "Traceback" not in ended.stderr
