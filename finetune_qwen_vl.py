@@ -191,7 +191,7 @@ if settings.num_test_rows < 1:
 checkpoint = training_args.resume_from_checkpoint
 if checkpoint and checkpoint.lower() == "true":
     checkpoint = get_last_checkpoint(outputs) or f"in {outputs}"
-if checkpoint and not Path(checkpoint).is_dir():
+if checkpoint and not Path(checkpoint, "trainer_state.json").is_file():
     parser.error(f"there is no checkpoint {checkpoint} to go on from: start anew, without --resume_from_checkpoint")
 beyond = settings.save_merged or settings.save_gguf or training_args.push_to_hub
 if beyond:  # what can't be done is said now rather than after hours of training
@@ -389,15 +389,11 @@ try:
                     fuse(layer)
             to_inference, to_training = FastVisionModel.for_inference, FastVisionModel.for_training
         else:
-            nf4 = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            )
+            nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+            nf4 = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
             model = AutoModelForImageTextToText.from_pretrained(
                 settings.model_name_or_path,
-                quantization_config=nf4 if settings.load_in_4bit else None,
+                **({"quantization_config": nf4} if settings.load_in_4bit else {}),
                 dtype=dtype,
                 device_map={"": training_args.device},
             )
@@ -487,8 +483,8 @@ def collate(samples):
     batch["input_ids"][answer] = torch.tensor([token for sample in samples for token in sample["answer"]])
     batch["attention_mask"][column >= asked + answered] = 0
     batch["labels"] = batch["input_ids"].where(answer, -100)
-    whole = column.shape
-    return {name: value[:, :max_length] if value.shape[:2] == whole else value for name, value in batch.items()}
+    shape = column.shape
+    return {name: value[:, :max_length] if value.shape[:2] == shape else value for name, value in batch.items()}
 
 
 class LikeLengths(Sampler):
