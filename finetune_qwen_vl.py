@@ -79,6 +79,8 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer, TrlParser
 
+gc.freeze()  # Unsloth collects garbage 18 times as it loads a model: 7 s, if all that was imported is looked through
+
 
 @dataclass
 class Settings:
@@ -207,15 +209,12 @@ if not torch.cuda.is_available() and settings.model_name_or_path == Settings.mod
     )
 
 # %% [markdown]
-# ## Data
-# Images and their LaTeX, in two parts that share no image: one to train on, one held out to measure on. Rows that can't
-# be used are named and left out. Only rows of this run are decoded: once to see that they can be, then when needed.
+# ## Question
+# The processor that belongs to the model makes tokens of text and images, and its chat template says how this model is
+# asked, and how its answers end ("<|im_end|>" for Qwen2-VL).
+
 
 # %%
-FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
-source = Path(settings.dataset_name)
-
-
 def could_not_load(what, name, error):
     """Ends the run with what `error` says, in a line, and plainer where the library's own words would not help."""
     cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
@@ -230,6 +229,35 @@ def could_not_load(what, name, error):
     )
 
 
+try:
+    AutoConfig.from_pretrained(settings.model_name_or_path)  # says best what is wrong with a name
+    processor = AutoProcessor.from_pretrained(settings.model_name_or_path)
+except (OSError, ValueError) as error:
+    could_not_load("model", settings.model_name_or_path, error)
+# Qwen2-VL resizes an image to sides that are multiples of 28 pixels and to an area between these two.
+area = processor.image_processor.size
+if "shortest_edge" in area and "longest_edge" in area:
+    area["longest_edge"] = settings.max_pixels or area["longest_edge"]
+    area["shortest_edge"] = min(settings.min_pixels or area["shortest_edge"], area["longest_edge"])
+elif settings.max_pixels or settings.min_pixels not in (None, Settings.min_pixels):
+    sys.exit(f"{settings.model_name_or_path} has no min_pixels and max_pixels: leave them out.")
+
+question = {"role": "user", "content": [{"type": "text", "text": settings.instruction}, {"type": "image"}]}
+answer = {"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]}
+try:
+    prompt = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
+    end_of_turn = processor.apply_chat_template([question, answer], tokenize=False).rpartition("ANSWER")[2].strip()
+except ValueError:
+    sys.exit(f"{settings.model_name_or_path} has no chat template: choose an instruction-tuned model (...-Instruct).")
+
+# %% [markdown]
+# ## Data
+# Images and their LaTeX, in two parts that share no image: one to train on, one held out to measure on. Rows that can't
+# be used are named and left out. Only rows of this run are decoded: once to see that they can be, then when needed.
+
+# %%
+FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+source = Path(settings.dataset_name)
 if source.is_file() and source.suffix not in FILE_TYPES:
     sys.exit(f"{source} is none of {', '.join(FILE_TYPES)}. Name such a file, a folder, or a hub name.")
 try:
@@ -372,10 +400,9 @@ dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args
 lora = {"r": settings.lora_r, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout, "bias": "none"}
 lora["target_modules"] = settings.lora_target_modules
 try:
-    AutoConfig.from_pretrained(settings.model_name_or_path)  # a wrong name ends here, in the hub's own words
     with must_fit("the model"):
         if FastVisionModel:
-            model, processor = FastVisionModel.from_pretrained(
+            model, _ = FastVisionModel.from_pretrained(
                 settings.model_name_or_path,
                 load_in_4bit=settings.load_in_4bit,
                 dtype=dtype,
@@ -397,7 +424,6 @@ try:
                 dtype=dtype,
                 device_map={"": training_args.device},
             )
-            processor = AutoProcessor.from_pretrained(settings.model_name_or_path)
             for layer in model.modules():
                 if isinstance(layer, Linear4bit):  # else, on some CPUs, it can't be trained once it has generated
                     layer.support_avx512bf16_for_cpu = False
@@ -406,14 +432,6 @@ try:
             to_inference, to_training = torch.nn.Module.eval, lambda model, recompute: model.train()
 except (OSError, ValueError) as error:
     could_not_load("model", settings.model_name_or_path, error)
-
-# Qwen2-VL resizes an image to sides that are multiples of 28 pixels and to an area between these two.
-area = processor.image_processor.size
-if "shortest_edge" in area and "longest_edge" in area:
-    area["longest_edge"] = settings.max_pixels or area["longest_edge"]
-    area["shortest_edge"] = min(settings.min_pixels or area["shortest_edge"], area["longest_edge"])
-elif settings.max_pixels or settings.min_pixels not in (None, Settings.min_pixels):
-    sys.exit(f"{settings.model_name_or_path} has no min_pixels and max_pixels: leave them out.")
 
 trainable, total = model.get_nb_trainable_parameters()
 print(
@@ -427,30 +445,20 @@ print(
 # moment they are needed; a list of them, as other recipes make, has filled memories (unslothai/unsloth issue 2315).
 # The LaTeX stays as the data spells it: fewer spaces, a third fewer tokens, did not teach a small model more (README).
 
+
 # %%
-# How a question looks and how an answer ends is for the model's chat template to say ("<|im_end|>" for Qwen2-VL).
-question = {"role": "user", "content": [{"type": "text", "text": settings.instruction}, {"type": "image"}]}
-answer = {"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]}
-try:
-    prompt = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
-    end_of_turn = processor.apply_chat_template([question, answer], tokenize=False).rpartition("ANSWER")[2].strip()
-except ValueError:
-    sys.exit(f"{settings.model_name_or_path} has no chat template: choose an instruction-tuned model (...-Instruct).")
-
-
 def to_samples(rows):
-    """Turns a batch of rows into samples: an RGB image, and the tokens of the answer that the model has to learn."""
-    answers = [text.strip() + end_of_turn for text in rows[settings.text_column]]
+    """Turns a batch of rows into samples: an RGB image, and the answer that the model has to learn to give."""
     return {
         "image": [open_image(image) for image in rows[settings.image_column]],
-        "answer": processor.tokenizer(answers, add_special_tokens=False).input_ids,
+        "answer": [text.strip() + end_of_turn for text in rows[settings.text_column]],
     }
 
 
-def encode(images, padding_side):
-    """Makes the model's inputs that ask it to read `images`: tensors, padded to one length."""
+def encode(images, padding_side, answers=None):
+    """Makes the model's inputs that ask it to read `images`, with these answers: tensors, padded to one length."""
     return processor(
-        text=[prompt] * len(images),
+        text=[prompt + answer for answer in answers or [""] * len(images)],
         images=[[image] for image in images],
         padding=True,
         padding_side=padding_side,
@@ -468,22 +476,13 @@ def collate(samples):
     `labels`, shape (samples, tokens) like `input_ids`, holds the answer, from the first token of the LaTeX to the
     end-of-turn token, and -100 elsewhere. (TRL's own collator adds the template's next newline, and can't do Llama.)
     """
-    batch = encode([sample["image"] for sample in samples], "right")
-    asked = batch["attention_mask"].sum(dim=1, keepdim=True)
-    answered = torch.tensor([[len(sample["answer"])] for sample in samples])
-    shape, length = batch["input_ids"].shape, int((asked + answered).max())
-    # What a tensor says of each token (its kind, the images it sees) holds for the answer as for the prompt's last one.
-    column = torch.arange(length).expand(len(samples), length)
-    source_column = torch.minimum(column, asked - 1)
-    for name, value in batch.items():
-        if value.shape[:2] == shape:
-            batch[name] = value.take_along_dim(source_column.view(*source_column.shape, *[1] * (value.dim() - 2)), 1)
-    answer = (asked <= column) & (column < asked + answered)
-    batch["input_ids"][column >= asked] = processor.tokenizer.pad_token_id
-    batch["input_ids"][answer] = torch.tensor([token for sample in samples for token in sample["answer"]])
-    batch["attention_mask"][column >= asked + answered] = 0
+    answers = [sample["answer"] for sample in samples]
+    batch = encode([sample["image"] for sample in samples], "right", answers)
+    answered = [len(tokens) for tokens in processor.tokenizer(answers, add_special_tokens=False).input_ids]
+    ends = batch["attention_mask"].sum(dim=1, keepdim=True)
+    column, shape = torch.arange(ends.max()), batch["input_ids"].shape
+    answer = (ends - torch.tensor(answered)[:, None] <= column) & (column < ends)
     batch["labels"] = batch["input_ids"].where(answer, -100)
-    shape = column.shape
     return {name: value[:, :max_length] if value.shape[:2] == shape else value for name, value in batch.items()}
 
 

@@ -45,7 +45,7 @@ class Script:
 
     def prepare(self):
         """Everything before training, without the readings."""
-        for title in ("Install", "Settings", "Data", "Model", "Samples"):
+        for title in ("Install", "Settings", "Question", "Data", "Model", "Samples"):
             self.run(title)
         self.run("Before", until="to_inference(model)\n")
         self.cuda = self.names["torch"].cuda if self.names["torch"].cuda.is_available() else None
