@@ -39,6 +39,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import cycle, islice
+from math import gcd
 from pathlib import Path
 
 # Compiling takes two minutes before the first step, and no later one is faster (benchmarks/README.md).
@@ -49,11 +51,15 @@ os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path.home() / ".cache" / "
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 for library in ("torchao", "bitsandbytes", "transformers.trainer_utils"):  # they warn of what does not matter here
     logging.getLogger(library).setLevel(logging.ERROR)
+# accelerate launch and torchrun start this file once for each GPU, and the first of these processes speaks for all.
+if int(os.environ.get("RANK", 0)):
+    sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"  # noqa: SIM115
 
 import torch
 
 FastVisionModel = None
-if torch.cuda.is_available():
+sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # as configs/fsdp.yaml asks for, and Unsloth can't
+if torch.cuda.is_available() and not sharded:
     try:
         from unsloth import FastVisionModel  # before transformers, TRL and PEFT, which it patches
         from unsloth.kernels.fast_lora import LoRA_W
@@ -62,7 +68,9 @@ if torch.cuda.is_available():
         print(f"Without Unsloth, which can't be used here: {error}")
 
 import yaml
-from accelerate.utils import find_executable_batch_size
+from accelerate import Accelerator
+from accelerate.utils import find_executable_batch_size, gather_object
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from bitsandbytes.nn import Linear4bit
 from datasets import Image, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
@@ -71,11 +79,12 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image as Pillow
 from PIL import ImageOps
 from rapidfuzz.distance import Levenshtein
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TextStreamer
 from transformers.hf_argparser import HfArg
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer, TrlParser
 
@@ -124,7 +133,7 @@ class TrainingSettings(SFTConfig):
 
     output_dir: str = "outputs"
     # 8 samples a step, as 8 x 1, 4 x 2, 2 x 4 or 1 x 8, with activations kept or recomputed: what is None here becomes,
-    # in training, the fastest split that fits the memory. The losses are the same.
+    # in training, the fastest split that fits the memory. Several GPUs share them. The losses are the same.
     per_device_train_batch_size: int | None = None  # alone, it is the samples of a step
     gradient_accumulation_steps: int | None = None
     gradient_checkpointing: bool | None = None
@@ -141,6 +150,7 @@ class TrainingSettings(SFTConfig):
     eval_steps: float = 0.2  # of the run, with --eval_strategy steps: then the checkpoint of the lowest loss is kept
     save_steps: float = 0.2  # of the run; a whole number: every so many steps
     save_total_limit: int | None = 2
+    ddp_find_unused_parameters: bool | None = False  # every step uses all adapters
     hub_strategy: str = "end"  # with --push_to_hub: what export.py pushes, not all of outputs/ with every checkpoint
     report_to: str = "none"
     remove_unused_columns: bool = False  # samples are made out of these columns
@@ -152,19 +162,35 @@ class TrainingSettings(SFTConfig):
         self.fp16 = self.fp16 or (on_gpu and not self.bf16)
         asked = self.per_device_train_batch_size, self.gradient_accumulation_steps, self.gradient_checkpointing
         effective = (asked[0] or max(8 // (asked[1] or 1), 1)) * (asked[1] or 1)
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if processes > 1 and not torch.accelerator.is_available():  # "cpu:0", as it would be, can't load a checkpoint
+            self.use_cpu, os.environ["ACCELERATE_TORCH_DEVICE"] = True, "cpu"
         # (samples at once, times a step, whether recomputed), the fastest first. To keep the activations of a quarter
         # at once is slower than to recompute those of all, and takes more memory.
         self.splits = [
-            (effective // times, times, recompute)
+            (effective // (times * processes), times, recompute)
             for recompute, choice in ((False, (1, 2)), (True, (1, 2, 4, 8)))
-            for times in ([asked[1]] if asked[1] else choice)
-            if effective % times == 0 and asked[2] in (None, recompute)
+            for times in ([asked[1] // gcd(asked[1], processes)] if asked[1] else choice)
+            if effective % (times * processes) == 0 and asked[2] in (None, recompute)
         ]
+        if not self.splits:
+            raise ValueError(
+                f"{effective} samples a step can't be shared out evenly over {processes} processes: start a number of "
+                f"them that divides {effective}, or give a multiple of {processes} as --per_device_train_batch_size"
+            )
         self.per_device_train_batch_size, self.gradient_accumulation_steps, self.gradient_checkpointing = self.splits[0]
         if self.eval_strategy != "no" and self.save_strategy != "no":
             self.save_strategy, self.save_steps, self.load_best_model_at_end = self.eval_strategy, self.eval_steps, True
         self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
         super().__post_init__()
+        self._n_gpu = min(self.n_gpu, 1)  # started as one process, the trainer would take a step on each GPU
+
+
+def fail(sentence):
+    """Ends the run with a sentence that says what to do."""
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        time.sleep(10)  # where all processes fail alike, the first says why, and the launcher ends the others meanwhile
+    sys.exit(sentence)
 
 
 class Parser(TrlParser):
@@ -173,6 +199,9 @@ class Parser(TrlParser):
     def set_defaults_with_config(self, **config):
         typed = {key: str(value) if isinstance(value, (bool, int, float)) else value for key, value in config.items()}
         return super().set_defaults_with_config(**typed)
+
+    def error(self, message):
+        fail(f"{self.format_usage()}error: {message}")
 
 
 in_notebook = "get_ipython" in globals()
@@ -201,9 +230,9 @@ if beyond:  # what can't be done is said now rather than after hours of training
         parser.error("--save_merged, --save_gguf and --push_to_hub need export.py, which has to lie beside this file")
     import export
 
-    beyond = export.prepare(settings, training_args)
+    beyond = training_args.process_index == 0 and export.prepare(settings, training_args)
 if not torch.cuda.is_available() and settings.model_name_or_path == Settings.model_name_or_path:
-    sys.exit(
+    fail(
         f"{settings.model_name_or_path} needs an NVIDIA GPU with 10 GB of free memory, and there is none here. "
         "To see everything work on this machine: python finetune_qwen_vl.py --config demo/config.yaml"
     )
@@ -223,24 +252,29 @@ def could_not_load(what, name, error):
         reason = "there is no such file or folder"
     elif cause is not error:
         reason = f"there are no rows that can be read ({reason})"
-    sys.exit(
+    fail(
         f"Could not load the {what} {name!r}: {reason}. Check the name or the path, the network, and, if it is gated, "
         "that you are logged in (hf auth login)."
     )
 
 
 try:
-    AutoConfig.from_pretrained(settings.model_name_or_path)  # says best what is wrong with a name
+    config = AutoConfig.from_pretrained(settings.model_name_or_path)  # says best what is wrong with a name
     processor = AutoProcessor.from_pretrained(settings.model_name_or_path)
 except (OSError, ValueError) as error:
     could_not_load("model", settings.model_name_or_path, error)
+if sharded and hasattr(config, "quantization_config"):
+    fail(
+        f"{settings.model_name_or_path} is stored in few bits, which FSDP can't share out: name the 16-bit model it "
+        "was made from, such as Qwen/Qwen2-VL-7B-Instruct. It gets its 4 bits when it is loaded."
+    )
 # Qwen2-VL resizes an image to sides that are multiples of 28 pixels and to an area between these two.
 area = processor.image_processor.size
 if "shortest_edge" in area and "longest_edge" in area:
     area["longest_edge"] = settings.max_pixels or area["longest_edge"]
     area["shortest_edge"] = min(settings.min_pixels or area["shortest_edge"], area["longest_edge"])
 elif settings.max_pixels or settings.min_pixels not in (None, Settings.min_pixels):
-    sys.exit(f"{settings.model_name_or_path} has no min_pixels and max_pixels: leave them out.")
+    fail(f"{settings.model_name_or_path} has no min_pixels and max_pixels: leave them out.")
 
 question = {"role": "user", "content": [{"type": "text", "text": settings.instruction}, {"type": "image"}]}
 answer = {"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]}
@@ -248,7 +282,7 @@ try:
     prompt = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
     end_of_turn = processor.apply_chat_template([question, answer], tokenize=False).rpartition("ANSWER")[2].strip()
 except ValueError:
-    sys.exit(f"{settings.model_name_or_path} has no chat template: choose an instruction-tuned model (...-Instruct).")
+    fail(f"{settings.model_name_or_path} has no chat template: choose an instruction-tuned model (...-Instruct).")
 
 # %% [markdown]
 # ## Data
@@ -259,22 +293,23 @@ except ValueError:
 FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 source = Path(settings.dataset_name)
 if source.is_file() and source.suffix not in FILE_TYPES:
-    sys.exit(f"{source} is none of {', '.join(FILE_TYPES)}. Name such a file, a folder, or a hub name.")
+    fail(f"{source} is none of {', '.join(FILE_TYPES)}. Name such a file, a folder, or a hub name.")
 try:
-    if source.is_file():
-        splits = load_dataset(FILE_TYPES[source.suffix], data_files=str(source))
-    else:
-        splits = load_dataset(settings.dataset_name, settings.dataset_config)
+    with training_args.main_process_first():
+        if source.is_file():
+            splits = load_dataset(FILE_TYPES[source.suffix], data_files=str(source))
+        else:
+            splits = load_dataset(settings.dataset_name, settings.dataset_config)
 except (OSError, ValueError, DatasetsError) as error:
     could_not_load("data set", settings.dataset_name, error)
 
 if settings.dataset_train_split not in splits:
-    sys.exit(f"{source} has no split {settings.dataset_train_split!r}; --dataset_train_split takes one of {[*splits]}.")
+    fail(f"{source} has no split {settings.dataset_train_split!r}; --dataset_train_split takes one of {[*splits]}.")
 train_rows = splits[settings.dataset_train_split]
 for option in ("image_column", "text_column"):
     column = getattr(settings, option)
     if column not in train_rows.column_names:
-        sys.exit(f"{source} has no column {column!r}; --{option} takes one of {train_rows.column_names}.")
+        fail(f"{source} has no column {column!r}; --{option} takes one of {train_rows.column_names}.")
 held_out_from_train = settings.dataset_test_split not in splits
 test_split = settings.dataset_train_split if held_out_from_train else settings.dataset_test_split
 test_rows = splits[test_split]
@@ -282,7 +317,7 @@ try:
     train_rows = train_rows.cast_column(settings.image_column, Image(decode=False))
     test_rows = test_rows.cast_column(settings.image_column, Image(decode=False))
 except (TypeError, ValueError, NotImplementedError):
-    sys.exit(f"Column {settings.image_column!r} of {source} holds no images; choose another with --image_column.")
+    fail(f"Column {settings.image_column!r} of {source} holds no images; choose another with --image_column.")
 
 
 def image_bytes(image):
@@ -350,7 +385,7 @@ numbers = numbers if held_out_from_train else shuffled(train_rows)
 train_pixels, _ = usable(train_rows, numbers, "training", needed, held_out=test_images)
 test_rows, train_rows = test_rows.select([*test_pixels]), train_rows.select([*train_pixels])
 if len(test_rows) < settings.num_test_rows or len(train_rows) == 0:
-    sys.exit(
+    fail(
         f"{source} has too few rows: {len(test_rows)} to hold out (--num_test_rows {settings.num_test_rows}) and "
         f"{len(train_rows)} others to train on. Lower --num_test_rows, or add data."
     )
@@ -376,7 +411,7 @@ def must_fit(task):
             raise
         free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
         free += torch.cuda.memory_reserved()  # our own share
-        sys.exit(
+        fail(
             f"\nThe memory does not suffice for {task}: {free / 1e9:.1f} of the GPU's {total / 1e9:.1f} GB are free "
             "for this run. Close what else uses the GPU, leave batch size and gradient checkpointing to the script, or "
             "take a smaller model, such as --model_name_or_path unsloth/Qwen2-VL-2B-Instruct-bnb-4bit"
@@ -417,12 +452,13 @@ try:
             to_inference, to_training = FastVisionModel.for_inference, FastVisionModel.for_training
         else:
             nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-            nf4 = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
+            stored = dtype if sharded else torch.uint8  # FSDP shares out what look like floating-point numbers
+            nf4 = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=stored)
             model = AutoModelForImageTextToText.from_pretrained(
                 settings.model_name_or_path,
                 **({"quantization_config": nf4} if settings.load_in_4bit else {}),
                 dtype=dtype,
-                device_map={"": training_args.device},
+                device_map={"": "cpu" if sharded else training_args.device},
             )
             for layer in model.modules():
                 if isinstance(layer, Linear4bit):  # else, on some CPUs, it can't be trained once it has generated
@@ -438,6 +474,10 @@ print(
     f"{settings.model_name_or_path} on {training_args.device} by {'Unsloth' if FastVisionModel else 'transformers'}: "
     f"{trainable:,} of {total:,} parameters train"
 )
+if sharded:  # each process keeps its part of the weights, and is sent the others' layer by layer
+    fsdp2_prepare_model(Accelerator(mixed_precision=training_args.mixed_precision), model)
+    register_fsdp_forward_method(model, "generate")
+    model.set_reshard_after_forward(True)  # none of what was sent for reading stays
 
 # %% [markdown]
 # ## Samples
@@ -489,7 +529,8 @@ def collate(samples):
 class LikeLengths(Sampler):
     """All rows in an order that the seed and the epoch decide, those of one step of like length: little is padding.
 
-    `lengths` of the rows, in about tokens. The longest come first: a split that fits them fits all.
+    `lengths` of the rows, in about tokens. The longest come first: a split that fits them fits all. What the last step
+    lacks is taken once more, so that every step can be shared out evenly.
     """
 
     def __init__(self, lengths, rows_a_step):
@@ -499,18 +540,17 @@ class LikeLengths(Sampler):
         self.epoch = epoch
 
     def __len__(self):
-        return len(self.lengths)
+        return -(-len(self.lengths) // self.rows_a_step) * self.rows_a_step
 
     def __iter__(self):
         size, chance = self.rows_a_step, random.Random(f"{training_args.seed} {self.epoch}")
-        rows = chance.sample(range(len(self)), len(self))
+        rows = [*islice(cycle(chance.sample(range(len(self.lengths)), len(self.lengths))), len(self))]
         for pool in (slice(start, start + 16 * size) for start in range(0, len(rows), 16 * size)):
             rows[pool] = sorted(rows[pool], key=self.lengths.__getitem__)
         steps = [rows[start : start + size] for start in range(0, len(rows), size)]
-        rest = steps.pop() if len(rows) % size else []
         chance.shuffle(steps)
         steps.sort(key=lambda step: max(self.lengths) not in [self.lengths[row] for row in step])
-        return (row for step in [*steps, rest] for row in step)
+        return (row for step in steps for row in step)
 
 
 train_set, test_set = train_rows.with_transform(to_samples), test_rows.with_transform(to_samples)
@@ -530,6 +570,8 @@ lengths = [
 # %%
 def stream_sample():
     """Shows the first held-out formula and, token by token, what the model reads in its image."""
+    if training_args.process_index and not sharded:
+        return
     if in_notebook:
         display(test_set[0]["image"])  # noqa: F821 (IPython's)
     print(f"\n      image: {outputs / 'sample.png'}\n true LaTeX: {truths[0]}\nmodel reads: ", end="")
@@ -541,6 +583,7 @@ def stream_sample():
         temperature=settings.temperature,
         min_p=settings.min_p,
         use_cache=True,
+        synced_gpus=sharded,
     )
 
 
@@ -549,14 +592,19 @@ longest = max(len(processor.tokenizer(text + end_of_turn).input_ids) for text in
 
 
 def read_test_set():
-    """Reads all held-out images greedily. Returns [{"text": str, "cut": whether the length limit ended it}, ...]."""
-    readings, bar = [], tqdm(total=len(test_set), desc="Reading held-out images")
+    """Reads all held-out images greedily, each process its share.
+
+    Returns [{"text": str, "cut": whether the length limit ended it}, ...], in all processes.
+    """
+    with training_args.distributed_state.split_between_processes(test_set) as mine:
+        mine = test_set if sharded else mine  # with the weights in parts, all have to take every step together
+        readings, bar = [], tqdm(total=len(mine), desc="Reading held-out images")
     less = iter([settings.test_batch_size >> halvings for halvings in range(1, 32)])
 
     @find_executable_batch_size(starting_batch_size=settings.test_batch_size, reduce_batch_size_fn=lambda: next(less))
     def read_on(batch_size):
-        while len(readings) < len(test_set):
-            images = test_set[len(readings) : len(readings) + batch_size]["image"]
+        while len(readings) < len(mine):
+            images = mine[len(readings) : len(readings) + batch_size]["image"]
             # Padded on the left: the answer has to follow the prompt directly.
             inputs = encode(images, "left").to(model.device, dtype)
             tokens = model.generate(
@@ -565,6 +613,7 @@ def read_test_set():
                 do_sample=False,
                 repetition_penalty=1.0,  # some models' own default, but formulas do repeat themselves
                 use_cache=True,
+                synced_gpus=sharded,
             )[:, inputs["input_ids"].shape[1] :]
             ends = torch.tensor(model.generation_config.eos_token_id, device=tokens.device)
             cut = (~torch.isin(tokens, ends).any(dim=1)).tolist()
@@ -574,7 +623,7 @@ def read_test_set():
 
     read_on()
     bar.close()
-    return readings
+    return readings if sharded else gather_object(readings)
 
 
 def score(readings):
@@ -588,7 +637,8 @@ def score(readings):
 
 
 to_inference(model)
-test_set[0]["image"].save(outputs / "sample.png")
+if training_args.process_index == 0:
+    test_set[0]["image"].save(outputs / "sample.png")
 with must_fit("reading an image"):
     stream_sample()
     readings_before = read_test_set()
@@ -613,16 +663,39 @@ class LossBar(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
 
 
+class Rehearsal(TrainerCallback):
+    """Takes the longest samples once before training, to see whether the memory of every process suffices.
+
+    In training the others would wait for ever for one that gave up in the middle of a step.
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        fits, size = True, args.per_device_train_batch_size
+        longest = [*sampler][effective_batch - size : effective_batch]
+        try:
+            adam = torch.empty(2 * trainable, device=model.device)  # noqa: F841 (as much as the optimizer will take)
+            model(**trainer._prepare_inputs(collate([train_set[row] for row in longest]))).loss.backward()
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            fits = False
+        model.zero_grad(set_to_none=True)
+        if not all(gather_object([fits])):
+            raise torch.OutOfMemoryError("out of memory, as a rehearsal shows")
+
+
 sampler = LikeLengths(lengths, effective_batch)
 first_step = json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"] if checkpoint else 0
 started = time.perf_counter()
 with must_fit("a training step"):
     for split in training_args.splits:
         size, times, recompute = split
-        print(f"Training {size} x {times} samples a step, activations {'recomputed' if recompute else 'kept'}")
+        by = f" in each of {training_args.world_size} processes" if training_args.world_size > 1 else ""
+        print(f"Training {size} x {times} samples a step{by}, activations {'recomputed' if recompute else 'kept'}")
         training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps = size, times
         training_args.gradient_checkpointing = recompute
         to_training(model, recompute)
+        adapters = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         trainer = SFTTrainer(
             model=model,
             processing_class=processor,
@@ -635,10 +708,11 @@ with must_fit("a training step"):
         if not in_notebook and not training_args.disable_tqdm:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(LossBar)
+        if training_args.world_size > 1 and not sharded:
+            trainer.add_callback(Rehearsal)
         # TRL rounds the adapters of a 4-bit model to bf16, where small updates are lost and fp16 training fails.
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        for parameter, data in adapters:
+            parameter.data = data.float()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -646,7 +720,8 @@ with must_fit("a training step"):
             train = trainer.train(resume_from_checkpoint=checkpoint).metrics
             break
         except RuntimeError as error:
-            if "out of memory" not in str(error) or split == training_args.splits[-1]:
+            together = training_args.world_size == 1 or "rehearsal" in str(error)
+            if "out of memory" not in str(error) or split == training_args.splits[-1] or not together:
                 raise
         # Only here, past the error, is what it was computing let go.
         print("\nThat takes more memory than there is; on with the next fastest:")
@@ -661,7 +736,7 @@ train["train_runtime"] = time.perf_counter() - started
 train["train_samples_per_second"] = (trainer.state.global_step - first_step) * effective_batch / train["train_runtime"]
 train["log"] = trainer.state.log_history
 if torch.cuda.is_available():
-    train["peak_memory_gb"] = torch.cuda.max_memory_reserved() / 1e9
+    train["peak_memory_gb"] = max(gather_object([torch.cuda.max_memory_reserved() / 1e9]))  # of one GPU
 
 # %% [markdown]
 # ## After
@@ -681,7 +756,13 @@ print(f"After training: CER {after['cer']:.3f}, exact match {after['exact_match'
 # asked for beyond: merged weights, a GGUF file, a push to the hub.
 
 # %%
-model.save_pretrained(outputs / "adapter")
+weights = None
+if sharded:  # put together what each process has of the adapters
+    weights = {name: value.full_tensor() for name, value in model.named_parameters() if value.requires_grad}
+training_args.distributed_state.destroy_process_group()
+if training_args.process_index:
+    sys.exit()  # the rest is for one process
+model.save_pretrained(outputs / "adapter", state_dict=weights)
 processor.save_pretrained(outputs / "adapter")
 (outputs / "held_out").mkdir(exist_ok=True)
 predictions = []
@@ -694,6 +775,7 @@ packages = ["torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"
 metrics = {
     "rows": len(truths),
     "test_split": test_split,
+    "processes": training_args.world_size,
     "rows_of_seen_formulas": seen,
     "before": before,
     "after": after,

@@ -1,0 +1,157 @@
+"""Several processes, started by the ecosystem's launchers, and several machines: on the CPU, connected by gloo."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SCRIPT, SHORT, run
+from datasets import load_dataset
+from safetensors.torch import load_file
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+# A script in place of SCRIPT, which runs it with {change} made to the process of rank 1 alone.
+UNEVEN = """
+import os, runpy, sys, torch
+from peft import PeftModelForCausalLM as Model
+forward = Model.forward
+taken = []
+
+def change(self, *arguments, input_ids=None, **inputs):
+    if torch.is_grad_enabled():
+        taken.append(len(input_ids))
+        {change}
+    return forward(self, *arguments, input_ids=input_ids, **inputs)
+
+if os.environ["RANK"] == "1":
+    Model.forward = change
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def launch(*arguments, processes=2, launcher=TORCHRUN, script=SCRIPT.name, timeout=300):
+    command = [*launcher, str(processes), script, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def launch_uneven(folder, change, *arguments):
+    (folder / "uneven.py").write_text(UNEVEN.replace("{change}", change).replace("sys.argv[0]", repr(str(SCRIPT))))
+    return launch(*arguments, script=str(folder / "uneven.py"))
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def steps(folder, what="loss"):
+    return [entry[what] for entry in metrics(folder)["train"]["log"] if "loss" in entry]
+
+
+OPTIONS = (*SHORT, "--num_test_rows", 7, "--max_steps", 6, "--save_steps", 3, "--output_dir")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """What a run in one process leaves."""
+    folder = tmp_path_factory.mktemp("one")
+    ended = run(*OPTIONS, folder)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What the same run in two processes leaves, and what it printed."""
+    folder = tmp_path_factory.mktemp("two")
+    ended = launch(*OPTIONS, folder)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder, ended.stdout
+
+
+def test_two_processes_learn_what_one_does(one, two):
+    folder, _ = two
+    assert (metrics(one)["processes"], metrics(folder)["processes"]) == (1, 2)
+    assert len(steps(one)) == 6
+    assert steps(folder) == pytest.approx(steps(one), rel=1e-4)
+    assert steps(folder, "grad_norm") == pytest.approx(steps(one, "grad_norm"), rel=1e-4)
+
+
+def test_two_processes_read_each_row_once_and_as_one_does(one, two):
+    folder, _ = two
+    read = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len({row["row"] for row in read}) == len(read) == 7
+    assert read == [json.loads(line) for line in (one / "predictions.jsonl").read_text().splitlines()]
+    for when in ("before", "after"):
+        assert metrics(folder)[when] == metrics(one)[when]
+
+
+def test_one_process_speaks(two):
+    folder, printed = two
+    for line in ("demo/data: 48 rows to train on", "Before training", "After training", "To look at it", "Trained in"):
+        assert printed.count(line) == 1, line
+    assert printed.count("model reads: ") == 2
+    assert "Training 4 x 1 samples a step in each of 2 processes" in printed
+    assert (folder / "report.html").exists() and (folder / "adapter" / "README.md").exists()
+
+
+def test_parts_of_a_step_and_the_end_of_the_data(tmp_path):
+    rows = load_dataset("demo/data", split="train").select(range(28))  # 21 to train on: two steps and five rows
+    rows.to_parquet(tmp_path / "rows.parquet")
+    options = (*OPTIONS[:-1], "--dataset_name", tmp_path / "rows.parquet", "--max_steps", -1, "--num_train_epochs", 2)
+    options += ("--save_strategy", "no", "--output_dir")
+    ended = run(*options, tmp_path / "whole")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    parts = ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4, "--gradient_checkpointing", "true")
+    accelerate = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes")
+    ended = launch(*options, tmp_path / "parts", *parts, launcher=accelerate)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "Training 2 x 2 samples a step in each of 2 processes, activations recomputed" in ended.stdout
+    assert len(steps(tmp_path / "whole")) == 6
+    assert steps(tmp_path / "parts") == pytest.approx(steps(tmp_path / "whole"), rel=1e-4)
+
+
+def test_a_killed_run_goes_on_with_another_number_of_processes(one, two, tmp_path):
+    whole = load_file(one / "checkpoint-6" / "adapter_model.safetensors")
+    options = (*OPTIONS, tmp_path, "--resume_from_checkpoint")
+    for going_on, checkpoint in ((run, two[0] / "checkpoint-3"), (launch, one / "checkpoint-3")):
+        ended = going_on(*options, checkpoint)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        assert steps(tmp_path)[3:] == pytest.approx(steps(one)[3:], rel=1e-4)
+        resumed = load_file(tmp_path / "checkpoint-6" / "adapter_model.safetensors")
+        assert all(resumed[name].allclose(tensor, atol=1e-3) for name, tensor in whole.items())
+
+
+def test_a_failure_in_one_ends_all(tmp_path):
+    change = "if len(taken) == 3: raise ValueError('the third step fails')"
+    ended = launch_uneven(tmp_path, change, *OPTIONS, tmp_path / "outputs")
+    assert ended.returncode != 0
+    assert ended.stderr.count("ValueError: the third step fails") == 1
+    assert not (tmp_path / "outputs" / "metrics.json").exists()
+
+
+def test_what_can_not_be_is_said_once(tmp_path):
+    ended = launch(*OPTIONS, tmp_path, processes=3)
+    assert ended.returncode != 0
+    assert ended.stderr.count("8 samples a step can't be shared out evenly over 3 processes") == 1
+    ended = launch(*OPTIONS, tmp_path, "--dataset_train_split", "none")
+    assert ended.returncode != 0
+    assert ended.stderr.count("has no split 'none'") == 1
+
+
+def test_memory_that_gives_out_in_one_process_has_all_take_the_next_split(one, tmp_path):
+    change = "if len(input_ids) > 1: raise torch.OutOfMemoryError('CUDA out of memory.')"
+    ended = launch_uneven(tmp_path, change, *OPTIONS, tmp_path / "outputs")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert re.findall(r"Training (.*) samples a step in each of 2 processes, activations (.*)", ended.stdout) == [
+        ("4 x 1", "kept"), ("2 x 2", "kept"), ("4 x 1", "recomputed"), ("2 x 2", "recomputed"), ("1 x 4", "recomputed")
+    ]  # fmt: skip
+    assert steps(tmp_path / "outputs") == pytest.approx(steps(one), rel=1e-4)
+
+
+def test_memory_that_gives_out_later_ends_all_with_a_sentence(tmp_path):
+    change = "if len(taken) == 6: raise torch.OutOfMemoryError('CUDA out of memory.')"
+    ended = launch_uneven(tmp_path, change, *OPTIONS, tmp_path / "outputs")
+    assert ended.returncode != 0
+    assert ended.stderr.count("The memory does not suffice for a training step") == 1
+    assert (tmp_path / "outputs" / "checkpoint-3").exists()
