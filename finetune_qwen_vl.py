@@ -189,7 +189,7 @@ class TrainingSettings(SFTConfig):
 def fail(sentence):
     """Ends the run with a sentence that says what to do."""
     if int(os.environ.get("LOCAL_RANK", 0)):
-        time.sleep(10)  # where all processes fail alike, the first says why, and the launcher ends the others meanwhile
+        time.sleep(5)  # where all processes fail alike, the first says why, and the launcher ends the others meanwhile
     sys.exit(sentence)
 
 
@@ -690,7 +690,7 @@ started = time.perf_counter()
 with must_fit("a training step"):
     for split in training_args.splits:
         size, times, recompute = split
-        by = f" in each of {training_args.world_size} processes" if training_args.world_size > 1 else ""
+        by = f" in each of {training_args.world_size} processes" * (training_args.world_size > 1)
         print(f"Training {size} x {times} samples a step{by}, activations {'recomputed' if recompute else 'kept'}")
         training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps = size, times
         training_args.gradient_checkpointing = recompute

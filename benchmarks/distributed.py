@@ -1,6 +1,6 @@
 """Times finetune_qwen_vl.py on one GPU and on all of this machine's; writes distributed.json and distributed.md.
 
-usage: python benchmarks/distributed.py [--model NAME] [--dataset NAME] [--output FOLDER] [--processes N] [--steps 20]
+usage: python benchmarks/distributed.py [--model NAME] [--dataset NAME] [--output FOLDER] [--processes N] [--steps 15]
 
 torchrun starts the script's cells twice: as one process, and as one for each GPU. Both train with the same samples a
 step, then with the same samples a GPU, and read 64 held-out images. Without a GPU it does so with the demo's model, in
@@ -30,7 +30,7 @@ def measure(options):
     model = ["--model_name_or_path", options.model] if options.model else ["--config", "demo/config.yaml"]
     data = ["--dataset_name", options.dataset] if options.dataset else []
     samples = math.lcm(8, options.processes)
-    rows = ["--per_device_train_batch_size", samples, "--max_steps", 400 * options.processes // samples]
+    rows = ["--per_device_train_batch_size", samples, "--max_steps", 32 * options.steps * options.processes // samples]
     script = Script(*model, *data, *rows, "--num_test_rows", 64, "--output_dir", tempfile.mkdtemp())
     script.prepare()
     names = script.names
@@ -44,7 +44,7 @@ def measure(options):
     runs = {"the same samples a step": (samples, alike)}
     runs |= {name: (size * processes, (size, 1, recompute)) for name, (size, recompute) in LOADS.items()}
     for name, (effective, split) in runs.items():
-        result[name] = script.train(6 if split[2] else options.steps, effective, [split])
+        result[name] = script.train(options.steps, effective, [split])
         result[name]["peak_gib"] = names["gather_object"]([result[name].get("peak_gib")])
         save()
     names["longest"] = names["settings"].max_new_tokens = 128
@@ -90,7 +90,7 @@ parser.add_argument("--model", help="a hub name or a folder")
 parser.add_argument("--dataset", help="a hub name or a folder, with the columns image and text")
 parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "benchmark")
 parser.add_argument("--processes", type=int, help="how many in the second run (default: one for each GPU)")
-parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--steps", type=int, default=15)
 parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
 options = parser.parse_args()
 os.chdir(ROOT)

@@ -1,7 +1,9 @@
 """Several processes, started by the ecosystem's launchers, and several machines: on the CPU, connected by gloo."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -131,9 +133,9 @@ def test_a_failure_in_one_ends_all(tmp_path):
 
 
 def test_what_can_not_be_is_said_once(tmp_path):
-    ended = launch(*OPTIONS, tmp_path, processes=3)
+    ended = launch(*OPTIONS, tmp_path, "--per_device_train_batch_size", 7)
     assert ended.returncode != 0
-    assert ended.stderr.count("8 samples a step can't be shared out evenly over 3 processes") == 1
+    assert ended.stderr.count("7 samples a step can't be shared out evenly over 2 processes") == 1
     ended = launch(*OPTIONS, tmp_path, "--dataset_train_split", "none")
     assert ended.returncode != 0
     assert ended.stderr.count("has no split 'none'") == 1
@@ -155,3 +157,94 @@ def test_memory_that_gives_out_later_ends_all_with_a_sentence(tmp_path):
     assert ended.returncode != 0
     assert ended.stderr.count("The memory does not suffice for a training step") == 1
     assert (tmp_path / "outputs" / "checkpoint-3").exists()
+
+
+@pytest.fixture
+def two_machines():
+    """Two network namespaces with an address each: the commands to start something in them, or a skip."""
+    first, second = names = [f"latex{number}-{os.getpid()}" for number in (1, 2)]
+    cable = [f"cable{number}" for number in (1, 2)]
+    steps = [f"netns add {first}", f"netns add {second}"]
+    steps += [f"link add {cable[0]} netns {first} type veth peer name {cable[1]} netns {second}"]
+    for number, (name, end) in enumerate(zip(names, cable, strict=True), 1):
+        steps += [f"-n {name} addr add 10.77.0.{number}/24 dev {end}"]
+        steps += [f"-n {name} link set {device} up" for device in (end, "lo")]
+    try:
+        for step in steps:
+            made = subprocess.run(["ip", *step.split()], capture_output=True, text=True)
+            if made.returncode:
+                pytest.skip(f"no network namespaces here: ip {step}: {made.stderr.strip()}")
+        yield [
+            ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={end}"]
+            for name, end in zip(names, cable, strict=True)
+        ]
+    except FileNotFoundError:
+        pytest.skip("no network namespaces here: there is no program ip (Debian: apt install iproute2)")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def test_two_machines_learn_what_one_does(one, two_machines, tmp_path):
+    started = []
+    for rank, machine in enumerate(two_machines):
+        accelerate = f"-m accelerate.commands.launch --num_machines 2 --num_processes 2 --machine_rank {rank}"
+        accelerate += " --multi_gpu --main_process_ip 10.77.0.1 --main_process_port 29500"
+        command = [*machine, sys.executable, *accelerate.split(), SCRIPT.name, *OPTIONS, tmp_path / str(rank)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen([*map(str, command)], cwd=ROOT, **pipes))
+    (said, complained), (quiet, _) = [process.communicate(timeout=240) for process in started]
+    assert [process.returncode for process in started] == [0, 0], complained[-3000:]
+    assert "Training 4 x 1 samples a step in each of 2 processes" in said and "Training" not in quiet
+    assert steps(tmp_path / "0") == pytest.approx(steps(one), rel=1e-4)
+    assert metrics(tmp_path / "0")["after"] == metrics(one)["after"]
+    assert not (tmp_path / "1" / "metrics.json").exists() and not (tmp_path / "1" / "adapter").exists()
+
+
+# Accelerate shards models on accelerators only: this has it take the CPU for one.
+SHARD_ON_CPU = """
+import runpy, sys
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+begin = PartialState.__init__
+
+def pretend(self, *arguments, **options):
+    begin(self, *arguments, **options)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+PartialState.__init__ = pretend
+sys.argv[0] = {script}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_model_in_parts_learns_the_same(one, tmp_path):
+    (tmp_path / "shard.py").write_text(SHARD_ON_CPU.format(script=repr(str(SCRIPT))))
+    accelerate = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/fsdp.yaml")
+    launcher, script = (*accelerate, "--num_processes"), str(tmp_path / "shard.py")
+    ended = launch(*OPTIONS, tmp_path, launcher=launcher, script=script)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert steps(tmp_path) == pytest.approx(steps(one), rel=1e-4)
+    for when in ("before", "after"):
+        assert all(metrics(tmp_path)[when][name] == metrics(one)[when][name] for name in ("cer", "exact_match", "cut"))
+    whole, parts = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, tmp_path))
+    assert set(whole) == set(parts)
+    assert all(parts[name].allclose(tensor, atol=1e-3) for name, tensor in whole.items())
+    # Killed, it goes on, here with activations recomputed.
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    recomputed = ("--resume_from_checkpoint", "true", "--gradient_checkpointing", "true")
+    ended = launch(*OPTIONS, tmp_path, *recomputed, launcher=launcher, script=script)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert len(steps(tmp_path)) == 6 and steps(tmp_path) == pytest.approx(steps(one), rel=1e-4)
+
+
+def test_the_benchmark_of_it_runs_on_a_cpu(tmp_path):
+    command = [sys.executable, "benchmarks/distributed.py", "--steps", "3", "--output", tmp_path]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    results = json.loads((tmp_path / "distributed.json").read_text())
+    alike = [results[which]["the same samples a step"]["losses"] for which in ("one", "all")]
+    assert len(alike[0]) == 3 and alike[1] == pytest.approx(alike[0], rel=1e-4)
+    assert results["all"]["reading"]["rows"] == 64
+    assert (tmp_path / "distributed.md").read_text() in ended.stdout
