@@ -29,11 +29,16 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import random
 import re
+import shutil
+import signal
 import sys
+import tempfile
 import time
+import warnings
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -47,6 +52,8 @@ os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path.home() / ".cache" / "unsloth_compiled"))
 # On a CPU, threads that spin for long while they wait crawl beside another busy program: 2 samples/s, and so 26.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+if "get_ipython" not in globals():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, Ctrl-C leaves at once, silently
 for library in ("torchao", "bitsandbytes", "transformers.trainer_utils"):  # they warn of what does not matter here
     logging.getLogger(library).setLevel(logging.ERROR)
 
@@ -65,18 +72,21 @@ import yaml
 from accelerate.utils import find_executable_batch_size
 from bitsandbytes.nn import Linear4bit
 from datasets import Image, load_dataset
+from datasets.config import DOWNLOADED_DATASETS_PATH
 from datasets.exceptions import DatasetGenerationError, DatasetsError
+from huggingface_hub.constants import HF_HUB_CACHE
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from PIL import Image as Pillow
 from PIL import ImageOps
 from rapidfuzz.distance import Levenshtein
+from safetensors import SafetensorError
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TextStreamer
 from transformers.hf_argparser import HfArg
-from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 gc.freeze()  # Unsloth collects garbage 18 times as it loads a model: 7 s, if all that was imported is looked through
@@ -106,6 +116,7 @@ class Settings:
     dataset_test_split: str = HfArg(default="test", help="the split to measure on; if absent, part of train is")
     image_column: str = HfArg(default="image", help="the column of images")
     text_column: str = HfArg(default="text", help="the column of their LaTeX")
+    max_characters: int = HfArg(default=4000, help="leave out rows whose LaTeX is longer: it would fill the memory")
     instruction: str = HfArg(default="Write the LaTeX representation for this image.", help="what the model is asked")
 
     num_test_rows: int = HfArg(default=64, help="held-out rows to read before and after")
@@ -138,6 +149,7 @@ class TrainingSettings(SFTConfig):
     seed: int = 3407
     max_length: int | None = None  # a formula cut short would teach the model to stop early
     logging_steps: float = 1
+    logging_nan_inf_filter: bool = False  # it would hide from the log what ends the run (see Train)
     eval_steps: float = 0.2  # of the run, with --eval_strategy steps: then the checkpoint of the lowest loss is kept
     save_steps: float = 0.2  # of the run; a whole number: every so many steps
     save_total_limit: int | None = 2
@@ -163,6 +175,7 @@ class TrainingSettings(SFTConfig):
         self.per_device_train_batch_size, self.gradient_accumulation_steps, self.gradient_checkpointing = self.splits[0]
         if self.eval_strategy != "no" and self.save_strategy != "no":
             self.save_strategy, self.save_steps, self.load_best_model_at_end = self.eval_strategy, self.eval_steps, True
+            self.save_total_limit = self.save_total_limit and max(self.save_total_limit, 2)  # the best and the last
         self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
         super().__post_init__()
 
@@ -180,23 +193,38 @@ arguments = [] if in_notebook else sys.argv[1:]
 parser = Parser((Settings, TrainingSettings), usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]")
 try:
     settings, training_args, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    outputs = Path(training_args.output_dir)
-    outputs.mkdir(parents=True, exist_ok=True)
 except IndexError:
     parser.error("--config needs the name of a YAML file")
 except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
     parser.error(str(error))
-if unknown:
-    parser.error(f"unknown option {' '.join(unknown)} (--help lists them all)")
+if unknown:  # without their values: one can be a token
+    names = " ".join(word.split("=")[0] for word in unknown if word.startswith("-"))
+    parser.error(f"unknown option {names or unknown[0]} (--help lists them all)")
 if settings.num_test_rows < 1:
     parser.error("--num_test_rows has to be 1 at least: without held-out rows nothing is proved")
+if training_args.hub_token:  # the libraries take it from here, too; as an option it would be saved with checkpoints
+    os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
+outputs = Path(training_args.output_dir)
+try:  # what can't be saved is said now rather than after hours of training
+    outputs.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=outputs).close()
+except OSError as error:
+    parser.error(f"can't write to {outputs} ({error.strerror}): choose another folder with --output_dir")
+if shutil.disk_usage(outputs).free < 1e8:
+    parser.error(f"less than 0.1 GB is free in {outputs}: make room, or choose another disk with --output_dir")
 checkpoint = training_args.resume_from_checkpoint
 if checkpoint and checkpoint.lower() == "true":
-    checkpoint = get_last_checkpoint(outputs) or f"in {outputs}"
-if checkpoint and not Path(checkpoint, "trainer_state.json").is_file():
+    checkpoint = get_last_checkpoint(outputs)
+    print(f"Going on from {checkpoint}" if checkpoint else f"There is no checkpoint in {outputs} yet: from the start")
+elif checkpoint and not Path(checkpoint, "trainer_state.json").is_file():
     parser.error(f"there is no checkpoint {checkpoint} to go on from: start anew, without --resume_from_checkpoint")
+if not checkpoint and any(not (folder / "finished").exists() for folder in outputs.glob("checkpoint-*")):
+    parser.error(
+        f"{outputs} holds a run that has not finished. Go on with it by --resume_from_checkpoint true, or leave it "
+        "and write to another folder by --output_dir"
+    )
 beyond = settings.save_merged or settings.save_gguf or training_args.push_to_hub
-if beyond:  # what can't be done is said now rather than after hours of training
+if beyond:
     if not find_spec("export"):
         parser.error("--save_merged, --save_gguf and --push_to_hub need export.py, which has to lie beside this file")
     import export
@@ -265,7 +293,7 @@ try:
         splits = load_dataset(FILE_TYPES[source.suffix], data_files=str(source))
     else:
         splits = load_dataset(settings.dataset_name, settings.dataset_config)
-except (OSError, ValueError, DatasetsError) as error:
+except (OSError, TypeError, ValueError, DatasetsError) as error:
     could_not_load("data set", settings.dataset_name, error)
 
 if settings.dataset_train_split not in splits:
@@ -285,10 +313,28 @@ except (TypeError, ValueError, NotImplementedError):
     sys.exit(f"Column {settings.image_column!r} of {source} holds no images; choose another with --image_column.")
 
 
+class Unusable(Exception):
+    """Why a row can't be used, in words."""
+
+
+# Where the paths of a JSON or CSV file start, and the only places that the paths of a data set may lead to.
+folder = source if source.is_dir() else source.parent if source.is_file() else Path(HF_HUB_CACHE)
+places = folder.resolve(), Path(DOWNLOADED_DATASETS_PATH).resolve()
+warnings.simplefilter("error", Pillow.DecompressionBombWarning)  # from 89 million pixels on
+Pillow.init()
+IMAGE_TYPES = [name for name in Pillow.ID if name != "EPS"]  # that is a program, for Ghostscript to run
+
+
 def image_bytes(image):
     """The file of `image`, {"bytes": bytes or None, "path": str or None} as `datasets` has it undecoded."""
-    folder = source if source.is_dir() else source.parent  # where the paths in a JSON or CSV file start
-    return image["bytes"] or (folder / image["path"]).read_bytes()
+    if image["bytes"]:
+        return image["bytes"]
+    file = (folder / image["path"].strip('"')).resolve()  # quoted by `datasets` where other rows hold other things
+    if not any(file.is_relative_to(place) for place in places):
+        raise Unusable("image outside the data set's folder")
+    if not file.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(file)
+    return file.read_bytes()
 
 
 def open_image(image):
@@ -297,7 +343,13 @@ def open_image(image):
     Transparency becomes white paper (else black text on it is black on black), 16 bits a pixel become 8 (else they are
     clipped to white), and a photo is turned as its EXIF data says.
     """
-    picture = ImageOps.exif_transpose(Pillow.open(io.BytesIO(image_bytes(image))))
+    try:
+        picture = Pillow.open(io.BytesIO(image_bytes(image)), formats=IMAGE_TYPES)
+    except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning):
+        raise Unusable("image of too many pixels") from None
+    if max(picture.size) > 200 * min(picture.size):  # Qwen2-VL takes no others
+        raise Unusable("image over 200 times as long as wide")
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
         picture = picture.point(lambda level: level * (1 / 256)).convert("L")
     if picture.has_transparency_data:
@@ -314,26 +366,33 @@ def shuffled(rows):
 def usable(rows, numbers, split, wanted, held_out=frozenset()):
     """Takes rows by the iterator `numbers` until `wanted` are found that can be used (None: all that can).
 
-    A row can be used if its text is not empty and its image decodes and is not in `held_out`, a set of digests of
-    images. Prints which others it met. Returns {row's number: pixels of its image}, and the images' digests.
+    A row can be used if its text is not empty and its image decodes, shows something, and is not in `held_out`, a set
+    of digests of images. Prints which others it met. Returns {row's number: pixels of its image}, and the digests.
     """
     kept, digests, left_out = {}, set(), defaultdict(list)
     for number in tqdm(numbers, f"Checking {split} rows", total=wanted or len(rows), leave=False):
         text, image = rows[number][settings.text_column], rows[number][settings.image_column]
         try:
+            if not isinstance(text, str | None):
+                raise Unusable("text is not a string")
+            if not (text or "").strip():
+                raise Unusable("no text")
+            if len(text) > settings.max_characters:
+                raise Unusable(f"text of more than {settings.max_characters:,} characters")
+            if any(token in text for token in special_tokens):
+                raise Unusable("text with special tokens of the model")
             picture = open_image(image)
+            if picture.getcolors(1):
+                raise Unusable("image of one color")
             digest = hashlib.sha256(picture.tobytes()).digest()
-        except Exception:  # on a broken file Pillow's decoders raise anything
-            digest = None
-        if not (isinstance(text, str) and text.strip()):
-            left_out["no text"].append(number)
-        elif digest is None:
-            left_out["image missing or unreadable"].append(number)
-        elif digest in held_out:
-            left_out["same image as a held-out row"].append(number)
-        else:
+            if digest in held_out:
+                raise Unusable("same image as a held-out row")
             kept[number] = picture.width * picture.height
             digests.add(digest)
+        except Exception as error:  # on a broken file Pillow's decoders raise anything
+            reason = str(error) if isinstance(error, Unusable) else "image missing or unreadable"
+            left_out[reason].append(number)
+            skipped.append(json.dumps({"row": number, "split": str(rows.split), "reason": reason}))
         if len(kept) == wanted:
             break
     for reason, numbers in left_out.items():
@@ -344,10 +403,13 @@ def usable(rows, numbers, split, wanted, held_out=frozenset()):
 
 effective_batch = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
 needed = training_args.max_steps * effective_batch if training_args.max_steps > 0 else None
+special_tokens = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
+skipped = []
 numbers = shuffled(test_rows)
 test_pixels, test_images = usable(test_rows, numbers, "held-out", settings.num_test_rows)
 numbers = numbers if held_out_from_train else shuffled(train_rows)
 train_pixels, _ = usable(train_rows, numbers, "training", needed, held_out=test_images)
+(outputs / "skipped.jsonl").write_text("".join(f"{line}\n" for line in skipped), encoding="utf-8")
 test_rows, train_rows = test_rows.select([*test_pixels]), train_rows.select([*train_pixels])
 if len(test_rows) < settings.num_test_rows or len(train_rows) == 0:
     sys.exit(
@@ -438,6 +500,12 @@ print(
     f"{settings.model_name_or_path} on {training_args.device} by {'Unsloth' if FastVisionModel else 'transformers'}: "
     f"{trainable:,} of {total:,} parameters train"
 )
+size, free = 12 * trainable, shutil.disk_usage(outputs).free  # AdamW has two more numbers for each parameter
+if free < size * (2 if checkpoint else 2 + (training_args.save_total_limit or 2)):
+    sys.exit(
+        f"{free / 1e9:.2f} GB are free in {outputs}, too little for checkpoints of {size / 1e9:.2f} GB: make room, or "
+        "choose another disk with --output_dir."
+    )
 
 # %% [markdown]
 # ## Samples
@@ -597,9 +665,10 @@ print(f"Before training: CER {before['cer']:.3f}, exact match {before['exact_mat
 
 # %% [markdown]
 # ## Train
-# The loss counts what the model is to write, the LaTeX and its end-of-turn token, and not the prompt. A killed run goes
-# on from its last checkpoint with `--resume_from_checkpoint true`. The samples of a step are split as is fastest; where
-# that runs out of memory, training goes on, from the step it had come to, with the next split.
+# The loss counts what the model is to write, the LaTeX and its end-of-turn token, and not the prompt. The samples of a
+# step are split as is fastest; where that runs out of memory, training goes on, from the step it had come to, with the
+# next split. Killed or stopped (Ctrl-C: after the step), it goes on from its last checkpoint, as if nothing had
+# happened, with `--resume_from_checkpoint true`.
 
 
 # %%
@@ -613,7 +682,113 @@ class LossBar(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
 
 
+class Stopper(TrainerCallback):
+    """Has the trainer finish its step, save and stop, when Ctrl-C or SIGTERM asks for it; again, it ends at once."""
+
+    asked = None
+
+    def ask(self, number, frame):
+        self.asked = number
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        print("\nStopping after this step, to save it. Once more, and it stops at once.", file=sys.stderr)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
+part = outputs / "part"  # what is being written, and what is being deleted: nobody takes it for something whole
+
+
+def put(*names):
+    """Moves what was written to `part` to its place in `outputs`; what was there before goes only then."""
+    for file in part.rglob("*"):
+        if file.is_file():
+            with file.open("rb+") as opened:
+                os.fsync(opened)
+    for name in names:
+        if (outputs / name).is_dir():
+            (outputs / name).rename(part / f"old {name}")
+        (part / name).replace(outputs / name)
+
+
+def discard(folder):
+    """Deletes a checkpoint; half deleted, it is none."""
+    shutil.rmtree(part, ignore_errors=True)
+    Path(folder).rename(part)
+    shutil.rmtree(part)
+
+
+def how_to_go_on():
+    """What is safe, and what to type, in words."""
+    last = get_last_checkpoint(outputs)
+    return f"{last} is whole: the same command with --resume_from_checkpoint true goes on from it." if last else ""
+
+
+@contextmanager
+def saving(what):
+    """Makes `part`, and turns a disk that is full or gone into one sentence."""
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(outputs).free / 1e9
+        shutil.rmtree(part, ignore_errors=True)
+        sys.exit(f"\nCould not save {what}, with {free:.2f} GB free in {outputs}: {error}. Make room. {how_to_go_on()}")
+    shutil.rmtree(part)
+
+
+class SafeTrainer(SFTTrainer):
+    """TRL's trainer; a checkpoint of it is there as a whole or not at all, and a number that is none ends the run."""
+
+    def _save_checkpoint(self, model, trial=None):
+        name, best = f"checkpoint-{self.state.global_step}", self.state.best_global_step
+        with saving(name):
+            self._get_output_dir = lambda trial: str(part)
+            super()._save_checkpoint(model, trial)
+            del self._get_output_dir
+            if best:
+                self.state.best_model_checkpoint = str(outputs / f"checkpoint-{best}")
+                self.state.save_to_json(part / name / "trainer_state.json")
+            put(name)
+        if limit := self.args.save_total_limit:
+            best = self.state.best_model_checkpoint
+            for old in sort_checkpoints(outputs, use_mtime=True, best_model_checkpoint=best)[:-limit]:
+                discard(old)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.must_be_finite("loss", loss)
+        return loss
+
+    def _get_grad_norm(self, *args, **kwargs):
+        norm = super()._get_grad_norm(*args, **kwargs)
+        # In fp16, the gradients are scaled up as far as they can be: what is too far is tried again with less.
+        if not self.args.fp16 or self.accelerator.scaler.get_scale() < 1:
+            self.must_be_finite("gradient", norm)
+        return norm
+
+    def must_be_finite(self, what, value):
+        if math.isfinite(value):
+            return
+        step = self.state.global_step % math.ceil(len(sampler) / effective_batch)
+        order, numbers = list(sampler), [*train_pixels]
+        rows = sorted(numbers[row] for row in order[step * effective_batch :][:effective_batch])
+        sys.exit(
+            f"\nThe {what} of step {self.state.global_step + 1} is {value}, from rows {rows} of "
+            f"{settings.dataset_train_split!r}: nothing was learned from it. Look at these rows, and lower "
+            f"--learning_rate. {how_to_go_on()}"
+        )
+
+
 sampler = LikeLengths(lengths, effective_batch)
+stopper = Stopper()
+handlers = {number: signal.signal(number, stopper.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+if not checkpoint:
+    for folder in outputs.glob("checkpoint-*"):  # of a run that has finished
+        discard(folder)
 first_step = json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"] if checkpoint else 0
 started = time.perf_counter()
 with must_fit("a training step"):
@@ -623,13 +798,14 @@ with must_fit("a training step"):
         training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps = size, times
         training_args.gradient_checkpointing = recompute
         to_training(model, recompute)
-        trainer = SFTTrainer(
+        trainer = SafeTrainer(
             model=model,
             processing_class=processor,
             args=training_args,
             data_collator=collate,
             train_dataset=train_set,
             eval_dataset=test_set if training_args.eval_strategy != "no" else None,
+            callbacks=[stopper],
         )
         trainer._get_train_sampler = lambda *_: sampler
         if not in_notebook and not training_args.disable_tqdm:
@@ -657,6 +833,11 @@ with must_fit("a training step"):
         trainer = None
         gc.collect()
 
+for number, handler in handlers.items():
+    signal.signal(number, handler)
+if stopper.asked:
+    print(f"\nStopped after step {trainer.state.global_step}. {how_to_go_on()}")
+    sys.exit(128 + stopper.asked)
 train["train_runtime"] = time.perf_counter() - started
 train["train_samples_per_second"] = (trainer.state.global_step - first_step) * effective_batch / train["train_runtime"]
 train["log"] = trainer.state.log_history
@@ -681,15 +862,6 @@ print(f"After training: CER {after['cer']:.3f}, exact match {after['exact_match'
 # asked for beyond: merged weights, a GGUF file, a push to the hub.
 
 # %%
-model.save_pretrained(outputs / "adapter")
-processor.save_pretrained(outputs / "adapter")
-(outputs / "held_out").mkdir(exist_ok=True)
-predictions = []
-for row, truth, old, new, sample in zip(test_pixels, truths, readings_before, readings_after, test_set, strict=True):
-    image = f"held_out/{row}.png"
-    sample["image"].save(outputs / image)
-    predictions.append(json.dumps({"row": row, "image": image, "truth": truth, "before": old, "after": new}))
-
 packages = ["torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "pillow", "rapidfuzz"]
 metrics = {
     "rows": len(truths),
@@ -703,10 +875,22 @@ metrics = {
     "quantization": model.config.to_dict().get("quantization_config"),
     "versions": {name: version(name) for name in packages + ["unsloth", "unsloth_zoo"] * bool(FastVisionModel)},
 }
-for name, text in (("predictions.jsonl", "\n".join(predictions)), ("metrics.json", json.dumps(metrics, indent=2))):
-    part = outputs / f"{name}.part"  # so that nobody, not even after a crash, finds half a file
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(outputs / name)
+with saving("the results"):
+    model.save_pretrained(part / "adapter")
+    processor.save_pretrained(part / "adapter")
+    (part / "held_out").mkdir()
+    predictions = []
+    for row, truth, old, new, sample in zip(
+        test_pixels, truths, readings_before, readings_after, test_set, strict=True
+    ):
+        image = f"held_out/{row}.png"
+        sample["image"].save(part / image)
+        predictions.append(json.dumps({"row": row, "image": image, "truth": truth, "before": old, "after": new}))
+    (part / "predictions.jsonl").write_text("\n".join(predictions) + "\n", encoding="utf-8")
+    (part / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    put("adapter", "held_out", "predictions.jsonl", "metrics.json")
+    for folder in outputs.glob("checkpoint-*"):
+        (folder / "finished").touch()
 
 memory = f", {train['peak_memory_gb']:.1f} GB of GPU memory at most" if "peak_memory_gb" in train else ""
 print(f"Trained in {train['train_runtime']:.0f} s, {train['train_samples_per_second']:.1f} samples/s{memory}.")
