@@ -185,3 +185,184 @@ def test_twenty_kills_at_random_moments(tiny, whole, tmp_path):
     print(kills)
     assert len(kills) >= 20 and sum(left > 0 for _, left in kills) >= 5, "too few kills while something was written"
     assert_ended_alike(folder, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_finish_and_the_run_goes_on_from_it(number, tiny, whole, tmp_path):
+    folder = tmp_path / "out"
+    options = [*tiny, "--save_steps", "1000"]
+    with started(options, folder) as process:
+        assert wait_for(lambda: re.search(r"\b[3-9]/40", said(folder)), process)
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    stopped = re.search(rf"Stopped after step (\d+)\. {folder}/checkpoint-\1 is whole.*--resume_from_c", said(folder))
+    assert "Traceback" not in said(folder) and steps(folder) == [int(stopped[1])]
+    assert 3 <= steps(folder)[0] < STEPS
+    ended = run(*options, "--output_dir", folder, "--resume_from_checkpoint", "true")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert_ended_alike(folder, whole)
+
+
+def test_a_second_signal_ends_it_at_once(tiny, tmp_path):
+    folder = tmp_path / "out"
+    with started(tiny, folder) as process:
+        assert wait_for(lambda: steps(folder), process)
+        assert wait_for(lambda: list((folder / "part").glob("checkpoint-*")), process)
+        process.send_signal(signal.SIGINT)
+        assert wait_for(lambda: "Once more" in said(folder), process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == -signal.SIGINT
+    assert "Traceback" not in said(folder) and "Stopped" not in said(folder)
+
+
+def digests(folder):
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "skipped.jsonl"]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).digest() for path in files}
+
+
+def test_runs_do_not_overwrite_one_another(tiny, whole, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(whole, folder)
+    adapter, other = digests(folder / "adapter"), [*tiny, "--seed", "1", "--max_steps", "6"]
+    with started(other, folder) as process:  # over a finished run, killed
+        assert wait_for(lambda: 2 in steps(folder) and max(steps(folder)) < 6, process)
+        process.kill()
+    assert digests(folder / "adapter") == adapter, "the finished run's, as long as this one has not finished"
+    assert json.loads((folder / "metrics.json").read_text())["settings"]["seed"] == 3407
+    assert max(steps(folder)) < 6, "what there is to go on from is this run's"
+
+    before = digests(folder)
+    ended = run(*other, "--output_dir", folder)  # over the unfinished one
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    reason = ended.stderr.splitlines()[-1]
+    assert "not finished" in reason and "--resume_from_checkpoint true" in reason and "--output_dir" in reason
+    assert digests(folder) == before
+
+    ended = run(*other, "--output_dir", folder, "--resume_from_checkpoint", "true")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert digests(folder / "adapter").keys() == adapter.keys() and digests(folder / "adapter") != adapter
+    assert json.loads((folder / "metrics.json").read_text())["settings"]["seed"] == 1
+    # All is done, so this ends at once, as it had ended.
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    ended = run(*other, "--output_dir", folder, "--resume_from_checkpoint", "true")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert same(load_file(folder / "adapter" / "adapter_model.safetensors"), adapter)
+
+
+def train(names, monkeypatch):
+    """Executes the cell "Train" in `names`, what the cells before it have left."""
+    # A checkpoint has the settings in it, and pickle has to find their class.
+    monkeypatch.setattr(sys.modules["__main__"], "TrainingSettings", names["TrainingSettings"], raising=False)
+    source = SCRIPT.read_text()
+    exec(source[source.index("# ## Train\n") : source.index("# %% [markdown]\n# ## After\n")], names)
+
+
+def test_a_checkpoint_saved_again_and_the_best_one_stay_whole(execute, tiny, tmp_path, monkeypatch):
+    options = ("--max_steps", 4, "--eval_strategy", "steps", "--eval_steps", 1, "--save_total_limit", 1)
+    names = execute(*tiny, *options, "--output_dir", tmp_path, until="Train")
+    train(names, monkeypatch)
+    trainer = names["trainer"]
+    best = trainer.state.best_global_step
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert steps(tmp_path) == sorted({best, 4} | ({3} if best == 4 else set()))
+    for step in steps(tmp_path):
+        saved = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert saved["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{saved['best_global_step']}")
+    before = state(tmp_path / "checkpoint-4")
+    trainer._save_checkpoint(trainer.model)  # as after running out of memory
+    assert same(state(tmp_path / "checkpoint-4")["optimizer.pt"], before["optimizer.pt"])
+    assert not (tmp_path / "part").exists()
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_number_that_is_none_ends_the_run_with_its_rows(what, execute, tiny, tmp_path, monkeypatch):
+    names = execute(*tiny, "--output_dir", tmp_path, until="Train")
+    numbers, collate, spoiled = [*names["train_pixels"]], names["collate"], 17
+    answer = names["train_set"][numbers.index(spoiled)]["answer"]
+
+    def spoil(samples):
+        batch = collate(samples)
+        late = names["trainer"].state.global_step > 11  # in an epoch that is not the first
+        if late and any(sample["answer"] == answer for sample in samples):
+            if what == "loss":
+                batch["pixel_values"] = batch["pixel_values"] * float("inf")
+            spoil.batch = batch["input_ids"].clone()
+        return batch
+
+    def spoil_gradient(model, _, inputs):
+        if what == "gradient" and inputs["input_ids"].equal(spoil.batch):
+            next(p for p in model.parameters() if p.requires_grad).register_hook(lambda grad: grad * float("nan"))
+
+    spoil.batch = torch.tensor([])
+    names["model"].register_forward_pre_hook(spoil_gradient, with_kwargs=True)
+    names["collate"] = spoil
+    with pytest.raises(SystemExit) as ended:
+        train(names, monkeypatch)
+    message = str(ended.value)
+    rows = json.loads(re.search(r"from rows (\[.*?\])", message)[1])
+    step = int(re.search(rf"The {what} of step (\d+) is (?:nan|inf)", message)[1])
+    assert spoiled in rows and len(rows) == 4 and step > 12
+    assert steps(tmp_path)[-1] == step - 1 and f"checkpoint-{step - 1} is whole" in message
+    adapter = load_file(tmp_path / f"checkpoint-{step - 1}" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in adapter.values())
+
+
+@contextmanager
+def disk(folder, options):
+    """A small file system of its own at `folder`; skips the test where none can be mounted."""
+    folder.mkdir(exist_ok=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_disk_that_fills_up_leaves_what_was_saved(tiny, whole, tmp_path):
+    folder = tmp_path / "out"
+    with disk(folder, "size=130m"):
+        with started(tiny, folder) as process:
+            assert wait_for(lambda: 2 in steps(folder), process)
+            with open(folder / "filler", "wb") as filler, suppress(OSError):
+                while True:
+                    filler.write(bytes(1 << 16))
+                    filler.flush()
+            assert process.wait(60) == 1
+        assert "Traceback" not in said(folder), said(folder)[-3000:]
+        reason = re.search(r"Could not save checkpoint-\d+, with 0.00 GB free.*", said(folder))[0]
+        last = get_last_checkpoint(folder)
+        assert f"{last} is whole" in reason and "Make room" in reason and "--resume_from_checkpoint true" in reason
+        for step in steps(folder):
+            assert same(state(folder / f"checkpoint-{step}"), state(whole / f"checkpoint-{step}"))
+        assert not (folder / "part").exists()
+        (folder / "filler").unlink()
+        ended = run(*tiny, "--output_dir", folder, "--resume_from_checkpoint", "true")
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        assert_ended_alike(folder, whole)
+
+
+@pytest.mark.parametrize("options", ["size=200m,ro", "size=50m"])
+def test_a_disk_that_will_not_do_is_found_before_the_model_is_loaded(options, tiny, tmp_path):
+    folder = tmp_path / "out"
+    with disk(folder, options):
+        ended = run(*tiny, "--output_dir", folder)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert "--output_dir" in ended.stderr.splitlines()[-1] and str(folder) in ended.stderr.splitlines()[-1]
+    assert "parameters train" not in ended.stdout
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(tiny, tmp_path):
+    folder, sizes, page = tmp_path / "out", {}, os.sysconf("SC_PAGE_SIZE")
+    with started([*tiny, "--max_steps", "2000", "--save_steps", "100"], folder, slow=False) as process:
+        at = 0
+        while process.poll() is None and at < 1990:
+            at = max(map(int, re.findall(r"\b(\d+)/2000", said(folder))), default=0)
+            if at:
+                sizes[at] = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * page
+            time.sleep(0.05)
+    early = median(size for step, size in sizes.items() if 200 <= step <= 500)
+    late = median(size for step, size in sizes.items() if step >= 1700)
+    print(f"{early / 1e6:.1f} MB in steps 200 to 500, {late / 1e6:.1f} MB from 1,700 on: {late / early - 1:+.2%}")
+    assert at >= 1990 and late < 1.02 * early
