@@ -329,7 +329,10 @@ def image_bytes(image):
     """The file of `image`, {"bytes": bytes or None, "path": str or None} as `datasets` has it undecoded."""
     if image["bytes"]:
         return image["bytes"]
-    file = (folder / image["path"].strip('"')).resolve()  # quoted by `datasets` where other rows hold other things
+    path = image["path"]
+    if path.startswith('"'):  # as `datasets` has it where other rows of a JSON file hold other things than paths
+        path = json.loads(path)
+    file = (folder / path).resolve()
     if not any(file.is_relative_to(place) for place in places):
         raise Unusable("image outside the data set's folder")
     if not file.is_file():  # a pipe would be waited for
