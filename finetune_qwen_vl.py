@@ -50,12 +50,15 @@ from pathlib import Path
 os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
 # Unsloth writes patched copies of its libraries: into the user's cache rather than the working directory.
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path.home() / ".cache" / "unsloth_compiled"))
+for setting in ("HF_HUB_DISABLE_TELEMETRY", "UNSLOTH_DISABLE_STATISTICS"):  # nobody is told of a run
+    os.environ.setdefault(setting, "1")
 # On a CPU, threads that spin for long while they wait crawl beside another busy program: 2 samples/s, and so 26.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 if "get_ipython" not in globals():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, Ctrl-C leaves at once, silently
-for library in ("torchao", "bitsandbytes", "transformers.trainer_utils"):  # they warn of what does not matter here
-    logging.getLogger(library).setLevel(logging.ERROR)
+for library in ("torchao", "bitsandbytes", "transformers.trainer_utils", "datasets.load", "datasets.packaged_modules"):
+    logging.getLogger(library).setLevel(logging.ERROR)  # they warn of what does not matter here
+warnings.filterwarnings("ignore", "Could not find a config file")  # PEFT would ask the hub for the base model's
 
 import torch
 
@@ -68,12 +71,15 @@ if torch.cuda.is_available():
     except (ImportError, NotImplementedError, RuntimeError) as error:
         print(f"Without Unsloth, which can't be used here: {error}")
 
+import datasets
+import huggingface_hub
 import yaml
 from accelerate.utils import find_executable_batch_size
 from bitsandbytes.nn import Linear4bit
 from datasets import Image, load_dataset
 from datasets.config import DOWNLOADED_DATASETS_PATH
 from datasets.exceptions import DatasetGenerationError, DatasetsError
+from httpx import HTTPError
 from huggingface_hub.constants import HF_HUB_CACHE
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -87,6 +93,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.hf_argparser import HfArg
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+from transformers.utils import cached_file
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 gc.freeze()  # Unsloth collects garbage 18 times as it loads a model: 7 s, if all that was imported is looked through
@@ -243,25 +250,51 @@ if not torch.cuda.is_available() and settings.model_name_or_path == Settings.mod
 
 
 # %%
-def could_not_load(what, name, error):
-    """Ends the run with what `error` says, in a line, and plainer where the library's own words would not help."""
-    cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-    reason = str(cause).splitlines()[0].rstrip(".") if str(cause) else type(cause).__name__
-    if not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):  # nor can it be a hub name
-        reason = "there is no such file or folder"
-    elif cause is not error:
-        reason = f"there are no rows that can be read ({reason})"
-    sys.exit(
-        f"Could not load the {what} {name!r}: {reason}. Check the name or the path, the network, and, if it is gated, "
-        "that you are logged in (hf auth login)."
-    )
+online = not datasets.config.HF_HUB_OFFLINE
 
 
-try:
-    AutoConfig.from_pretrained(settings.model_name_or_path)  # says best what is wrong with a name
-    processor = AutoProcessor.from_pretrained(settings.model_name_or_path)
-except (OSError, ValueError) as error:
-    could_not_load("model", settings.model_name_or_path, error)
+def allow_network(allow):
+    os.environ["HF_HUB_OFFLINE"] = str(int(not allow))
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = not allow
+
+
+def load(what, name, get):
+    """What `get` loads by `name`: without the network, or, where that does not do, from the hub, which it asks again
+    while that is slow or busy. If it can't be loaded, the run ends with the reason, in a line. Leaves the network off.
+    """
+    if online and not Path(name).exists():
+        try:
+            return get()
+        except Exception:  # it is not, or not all, in the cache
+            allow_network(True)
+    try:
+        return get()
+    except (OSError, TypeError, ValueError, DatasetsError, HTTPError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        reason = str(cause).splitlines()[0].rstrip(".") if str(cause) else type(cause).__name__
+        if not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):  # nor can it be a hub name
+            reason = "there is no such file or folder"
+        elif cause is not error:
+            reason = f"there are no rows that can be read ({reason})"
+        sys.exit(
+            f"Could not load the {what} {name!r}: {reason}. Check the name or the path, the network, and, if it is "
+            "gated, that you are logged in (hf auth login)."
+        )
+    finally:
+        allow_network(False)
+
+
+allow_network(False)
+
+
+def get_processor():
+    AutoConfig.from_pretrained(settings.model_name_or_path, trust_remote_code=False)  # says best what is wrong
+    # The weights are what comes last to the cache: where they are, all is.
+    cached_file(settings.model_name_or_path, "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    return AutoProcessor.from_pretrained(settings.model_name_or_path, trust_remote_code=False)
+
+
+processor = load("model", settings.model_name_or_path, get_processor)
 # Qwen2-VL resizes an image to sides that are multiples of 28 pixels and to an area between these two.
 area = processor.image_processor.size
 if "shortest_edge" in area and "longest_edge" in area:
@@ -288,13 +321,11 @@ FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": 
 source = Path(settings.dataset_name)
 if source.is_file() and source.suffix not in FILE_TYPES:
     sys.exit(f"{source} is none of {', '.join(FILE_TYPES)}. Name such a file, a folder, or a hub name.")
-try:
-    if source.is_file():
-        splits = load_dataset(FILE_TYPES[source.suffix], data_files=str(source))
-    else:
-        splits = load_dataset(settings.dataset_name, settings.dataset_config)
-except (OSError, TypeError, ValueError, DatasetsError) as error:
-    could_not_load("data set", settings.dataset_name, error)
+if source.is_file():
+    of_type, what = FILE_TYPES[source.suffix], {"data_files": str(source)}
+else:
+    of_type, what = settings.dataset_name, {"name": settings.dataset_config}
+splits = load("data set", settings.dataset_name, lambda: load_dataset(of_type, **what))
 
 if settings.dataset_train_split not in splits:
     sys.exit(f"{source} has no split {settings.dataset_train_split!r}; --dataset_train_split takes one of {[*splits]}.")
@@ -464,7 +495,10 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
 lora = {"r": settings.lora_r, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout, "bias": "none"}
 lora["target_modules"] = settings.lora_target_modules
-try:
+
+
+def with_adapters():
+    """Returns the base model with new adapters."""
     with must_fit("the model"):
         if FastVisionModel:
             model, _ = FastVisionModel.from_pretrained(
@@ -479,7 +513,6 @@ try:
             for layer in model.modules():
                 if isinstance(layer, LoraLayer) and not settings.lora_dropout:
                     fuse(layer)
-            to_inference, to_training = FastVisionModel.for_inference, FastVisionModel.for_training
         else:
             nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
             nf4 = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
@@ -494,9 +527,14 @@ try:
                     layer.support_avx512bf16_for_cpu = False
             torch.manual_seed(training_args.seed)
             model = get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"))
-            to_inference, to_training = torch.nn.Module.eval, lambda model, recompute: model.train()
-except (OSError, ValueError) as error:
-    could_not_load("model", settings.model_name_or_path, error)
+    return model
+
+
+model = load("model", settings.model_name_or_path, with_adapters)
+if FastVisionModel:
+    to_inference, to_training = FastVisionModel.for_inference, FastVisionModel.for_training
+else:
+    to_inference, to_training = torch.nn.Module.eval, lambda model, recompute: model.train()
 
 trainable, total = model.get_nb_trainable_parameters()
 print(
@@ -905,4 +943,5 @@ if find_spec("report"):
 if beyond:
     del model, trainer  # their memory is needed
     torch.cuda.empty_cache()
+    allow_network(online)
     export.run(outputs, **beyond)

@@ -90,8 +90,8 @@ def found(tmp_path_factory):
     outside = "image outside the data set's folder"
     paths = ["../secret.png", str(place / "secret.png"), "link.png", "linked/secret.png", "x/../../secret.png"]
     kinds += [(outside, path, "x") for path in [*paths, "/dev/zero", "/etc/passwd", "../none.png"]]
-    wrong = [5, None, True, ["scans/0.img"], {"bytes": None, "path": "scans/0.img"}, "pipe.png", "none.png", "", ".", "linked"]
-    wrong += ["http://127.0.0.1:9/x.png", "file:///etc/passwd", "zip://a.png::b.zip", "\0", "a" * 5000]
+    wrong = [5, None, True, ["scans/0.img"], {"bytes": None, "path": "scans/0.img"}, "pipe.png", "none.png", "", "."]
+    wrong += ["linked", "http://127.0.0.1:9/x.png", "file:///etc/passwd", "zip://a.png::b.zip", "\0", "a" * 5000]
     kinds += [(outside if image == "linked" else "image missing or unreadable", image, "x") for image in wrong]
     kinds += [("no text", "scans/0.img", text) for text in (None, "", "  \n\t ")]
     kinds += [("text is not a string", "scans/0.img", text) for text in (5, 1.5, True, ["x"], {"a": "x"})]
