@@ -258,33 +258,42 @@ def allow_network(allow):
     huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = not allow
 
 
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".:")
+
+
 def load(what, name, get):
-    """What `get` loads by `name`: without the network, or, where that does not do, from the hub, which it asks again
-    while that is slow or busy. If it can't be loaded, the run ends with the reason, in a line. Leaves the network off.
+    """What `get` loads by `name`: out of the cache, without the network, or else from the hub.
+
+    If neither has it, the run ends with what the libraries say, in a line, and plainer where that would not help.
     """
+    allow_network(False)
     if online and not Path(name).exists():
         try:
             return get()
-        except Exception:  # it is not, or not all, in the cache
+        except Exception:  # not, or not all of it, is in the cache
             allow_network(True)
-    try:
-        return get()
-    except (OSError, TypeError, ValueError, DatasetsError, HTTPError) as error:
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        reason = str(cause).splitlines()[0].rstrip(".") if str(cause) else type(cause).__name__
-        if not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):  # nor can it be a hub name
-            reason = "there is no such file or folder"
-        elif cause is not error:
-            reason = f"there are no rows that can be read ({reason})"
-        sys.exit(
-            f"Could not load the {what} {name!r}: {reason}. Check the name or the path, the network, and, if it is "
-            "gated, that you are logged in (hf auth login)."
-        )
-    finally:
-        allow_network(False)
-
-
-allow_network(False)
+    for wait in (5, 30, None):
+        try:
+            return get()
+        except (OSError, TypeError, ValueError, DatasetsError, HTTPError) as error:
+            http, reason = error, first_line(error)
+            while http and not isinstance(http, HTTPError):
+                http = http.__cause__ or http.__context__
+            status = getattr(getattr(http, "response", None), "status_code", 0)
+            if http and not 400 <= status < 429:
+                reason = first_line(http)
+            elif not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):  # no hub name either
+                reason = "there is no such file or folder"
+            elif isinstance(error, DatasetGenerationError):
+                reason = f"there are no rows that can be read ({first_line(error.__cause__)})"
+            if status < 429 or not wait:  # a failing connection has been tried again by the hub's own client
+                sys.exit(
+                    f"Could not load the {what} {name!r}: {reason}. Check the name or the path, the network, and, if "
+                    "it is gated, that you are logged in (hf auth login)."
+                )
+        print(f"{reason}. Once more in {wait} s")
+        time.sleep(wait)
 
 
 def get_processor():
@@ -531,6 +540,7 @@ def with_adapters():
 
 
 model = load("model", settings.model_name_or_path, with_adapters)
+allow_network(False)  # all that is needed is here
 if FastVisionModel:
     to_inference, to_training = FastVisionModel.for_inference, FastVisionModel.for_training
 else:
