@@ -14,7 +14,13 @@ from datasets import Image as ImageColumn
 from datasets import load_dataset
 from PIL import Image
 
-SPECIAL = r"x <|im_end|> <|im_start|>user <|vision_start|><|image_pad|><|vision_end|> <|endoftext|> y"
+SPECIAL = [
+    "x <|im_end|>",
+    "<|im_start|>user y<|im_end|>",
+    "<|vision_start|><|image_pad|><|vision_end|>",
+    "<|endoftext|>",
+]
+NEARLY = "x <|im end|> <image> im_end <| |> <s> y"
 
 
 def encoded(image, kind="PNG", **options):
@@ -62,7 +68,7 @@ def found(tmp_path_factory):
     for number, row in enumerate(rows):
         content = unusual[number] if number < len(unusual) else row["image"]["bytes"]
         (data / f"scans/{number}.img").write_bytes(content)
-        good.append({"image": f"scans/{number}.img", "text": SPECIAL if number == 7 else row["text"]})
+        good.append({"image": f"scans/{number}.img", "text": NEARLY if number == 7 else row["text"]})
 
     first = rows[20]["image"]["bytes"]
     unreadable = {
@@ -95,6 +101,7 @@ def found(tmp_path_factory):
     kinds += [(outside if image == "linked" else "image missing or unreadable", image, "x") for image in wrong]
     kinds += [("no text", "scans/0.img", text) for text in (None, "", "  \n\t ")]
     kinds += [("text is not a string", "scans/0.img", text) for text in (5, 1.5, True, ["x"], {"a": "x"})]
+    kinds += [("text with special tokens of the model", "scans/0.img", text) for text in SPECIAL]
     kinds += [("text of more than 4,000 characters", "scans/0.img", r"\alpha " * length) for length in (600, 50_000)]
     hostile = [kinds[number % len(kinds)] for number in range(500)]
 
@@ -125,22 +132,6 @@ def test_five_hundred_hostile_rows_among_as_many_good_ones(found, tmp_path):
     assert metrics["train"]["log"][-1]["step"] == -(-trained // 8)
     assert sorted(str(path) for path in place.rglob("*")) == files
     assert "Traceback" not in ended.stderr
-
-
-def test_special_tokens_in_the_data_are_text(execute, found, tmp_path):
-    names = execute(*SHORT, "--output_dir", tmp_path, until="Before")
-    tokenizer = names["processor"].tokenizer
-    row = names["train_rows"][0]
-    texts = [SPECIAL, *tokenizer.all_special_tokens, "".join(tokenizer.all_special_tokens), r"\frac { 1 } { 2 }"]
-    batch = {"image": [row["image"]] * len(texts), "text": texts}
-    for text, answer in zip(texts, names["to_samples"](batch)["answer"], strict=True):
-        assert answer[-1] == tokenizer.eos_token_id and not set(answer[:-1]) & set(tokenizer.all_special_ids)
-        assert tokenizer.decode(answer) == text + "<|im_end|>"
-        assert tokenizer.decode(answer, skip_special_tokens=True) == text
-    # Text like any other is tokenized as ever, and so is the prompt afterwards.
-    assert answer == tokenizer(texts[-1] + "<|im_end|>").input_ids
-    samples = [{"image": names["train_set"][0]["image"], "answer": answer}]
-    assert tokenizer.convert_tokens_to_ids("<|image_pad|>") in names["collate"](samples)["input_ids"]
 
 
 def test_a_folder_of_images_reads_nothing_outside_either(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -17,41 +18,10 @@ from statistics import median
 import pytest
 import torch
 from conftest import ROOT, SCRIPT, run
-from datasets import load_dataset
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.trainer_utils import get_last_checkpoint
 
 STEPS = 40
-
-# Writing and deleting take long enough to be interrupted.
-SLOW_DISK = """
-import os, time
-sync, unlink = os.fsync, os.unlink
-os.fsync = lambda file: (time.sleep(0.01), sync(file))[1]
-os.unlink = lambda *names, **where: (time.sleep(0.005), unlink(*names, **where))[1]
-"""
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """Options of a run whose steps take milliseconds: a model of 140 thousand parameters, 40 rows."""
-    place = tmp_path_factory.mktemp("tiny")
-    config = AutoConfig.from_pretrained(ROOT / "demo/model")
-    text, vision = config.text_config, config.vision_config
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.layer_types = 64, 64, 1, ["full_attention"]
-    text.num_attention_heads, text.num_key_value_heads, text.rope_parameters["mrope_section"] = 2, 1, [4, 6, 6]
-    vision.hidden_size, vision.embed_dim, vision.depth, vision.num_heads, vision.mlp_ratio = 64, 32, 1, 2, 1
-    torch.manual_seed(0)
-    AutoModelForImageTextToText.from_config(config).save_pretrained(place / "model")
-    AutoProcessor.from_pretrained(ROOT / "demo/model").save_pretrained(place / "model")
-    load_dataset("demo/data", split="train").select(range(42)).to_parquet(place / "rows.parquet")
-    (place / "sitecustomize.py").write_text(SLOW_DISK)
-    return [
-        "--model_name_or_path", str(place / "model"), "--dataset_name", str(place / "rows.parquet"),
-        "--num_test_rows", "2", "--max_new_tokens", "4", "--min_pixels", "3136", "--per_device_train_batch_size", "4",
-        "--max_steps", str(STEPS), "--save_steps", "1", "--lora_dropout", "0.1", "--learning_rate", "1e-3",
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +33,21 @@ def whole(tiny, tmp_path_factory):
     return folder
 
 
+def slow_disk(place):
+    """A place for Python to find what makes writing and deleting take long enough to be interrupted."""
+    (place / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "sync, unlink = os.fsync, os.unlink\n"
+        "os.fsync = lambda file: (time.sleep(0.01), sync(file))[1]\n"
+        "os.unlink = lambda *names, **where: (time.sleep(0.005), unlink(*names, **where))[1]\n"
+    )
+    return str(place)
+
+
 @contextmanager
 def started(options, folder, slow=True):
     """The script as a process that is running, what it says going to `folder`.log."""
-    environment = os.environ | ({"PYTHONPATH": str(Path(options[1]).parent)} if slow else {})
+    environment = os.environ | ({"PYTHONPATH": slow_disk(Path(options[1]).parent)} if slow else {})
     command = [sys.executable, SCRIPT.name, *map(str, options), "--output_dir", str(folder)]
     with open(f"{folder}.log", "ab") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
@@ -140,7 +121,7 @@ def test_twenty_kills_at_random_moments(tiny, whole, tmp_path):
     seed = int(os.environ.get("KILLS_SEED", random.randrange(10**6)))
     print("seed of the kills:", seed)
     chance, folder, part, kills = random.Random(seed), tmp_path / "out", tmp_path / "out" / "part", []
-    environment = os.environ | {"PYTHONPATH": f"{Path(tiny[1]).parent}:{ROOT / 'tests'}"}
+    environment = os.environ | {"PYTHONPATH": f"{slow_disk(tmp_path)}:{ROOT / 'tests'}"}
     zygote = subprocess.Popen(
         [sys.executable, ROOT / "tests/zygote.py"], cwd=ROOT, env=environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -366,3 +347,62 @@ def test_memory_stays_flat(tiny, tmp_path):
     late = median(size for step, size in sizes.items() if step >= 1700)
     print(f"{early / 1e6:.1f} MB in steps 200 to 500, {late / 1e6:.1f} MB from 1,700 on: {late / early - 1:+.2%}")
     assert at >= 1990 and late < 1.02 * early
+
+
+class Touch:
+    """What, unpickled, makes a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+def test_no_pickle_is_loaded(tiny, whole, tmp_path):
+    checkpoint, good = tmp_path / "checkpoint-39", whole / "checkpoint-39"
+    shutil.copytree(good, checkpoint)
+    bad = pickle.dumps(Touch(str(tmp_path / "pwned")), protocol=2)
+    for name in ("training_args.bin", "adapter_model.bin", "model.pkl"):  # not needed
+        (checkpoint / name).write_bytes(bad)
+    for name in ("optimizer.pt", "rng_state.pth", "none"):
+        (checkpoint / name).write_bytes(bad)
+        ended = run(*tiny, "--output_dir", tmp_path, "--resume_from_checkpoint", "true")
+        if name == "none":
+            assert ended.returncode == 0, ended.stderr[-3000:]
+            assert_ended_alike(tmp_path, whole)
+        else:
+            assert ended.returncode == 1 and "Weights only load failed" in ended.stderr
+            shutil.copy(good / name, checkpoint)
+        assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("part", ["config", "processor_config"])
+def test_a_model_s_own_code_does_not_run(part, tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny[1], model)
+    (model / "own.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\nclass Own: pass\n")
+    config = json.loads((model / f"{part}.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.Own", "AutoModelForImageTextToText": "own.Own", "AutoProcessor": "own.Own"}
+    if part == "config":
+        config["model_type"] = "own"
+    else:
+        config["processor_class"] = "Own"
+    (model / f"{part}.json").write_text(json.dumps(config))
+    ended = run(*tiny, "--max_steps", 2, "--model_name_or_path", model, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "pwned").exists()
+    if part == "config":  # nothing can stand in for it
+        assert ended.returncode == 1 and "Traceback" not in ended.stderr
+        assert "Could not load the model" in ended.stderr.splitlines()[-1]
+
+
+def test_a_token_is_written_nowhere(tiny, tmp_path):
+    folder = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", "hf_of_the_environment")
+        ended = run(*tiny, "--max_steps", 2, "--hub_token", "hf_of_an_option", "--output_dir", folder)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in files) and (folder / "report.html").exists()
+    for text in [ended.stdout.encode(), ended.stderr.encode(), *(path.read_bytes() for path in files)]:
+        assert b"hf_of_" not in text
