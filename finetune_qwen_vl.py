@@ -225,7 +225,8 @@ if checkpoint and checkpoint.lower() == "true":
     print(f"Going on from {checkpoint}" if checkpoint else f"There is no checkpoint in {outputs} yet: from the start")
 elif checkpoint and not Path(checkpoint, "trainer_state.json").is_file():
     parser.error(f"there is no checkpoint {checkpoint} to go on from: start anew, without --resume_from_checkpoint")
-if not checkpoint and any(not (folder / "finished").exists() for folder in outputs.glob("checkpoint-*")):
+unfinished = any(not (folder / "finished").exists() for folder in outputs.glob("checkpoint-*"))
+if unfinished and (not checkpoint or Path(checkpoint).resolve().parent != outputs.resolve()):
     parser.error(
         f"{outputs} holds a run that has not finished. Go on with it by --resume_from_checkpoint true, or leave it "
         "and write to another folder by --output_dir"
@@ -540,7 +541,7 @@ def with_adapters():
 
 
 model = load("model", settings.model_name_or_path, with_adapters)
-allow_network(False)  # all that is needed is here
+allow_network(online and bool(beyond))  # all that training needs is here
 if FastVisionModel:
     to_inference, to_training = FastVisionModel.for_inference, FastVisionModel.for_training
 else:
@@ -953,5 +954,4 @@ if find_spec("report"):
 if beyond:
     del model, trainer  # their memory is needed
     torch.cuda.empty_cache()
-    allow_network(online)
     export.run(outputs, **beyond)
