@@ -552,12 +552,9 @@ print(
     f"{settings.model_name_or_path} on {training_args.device} by {'Unsloth' if FastVisionModel else 'transformers'}: "
     f"{trainable:,} of {total:,} parameters train"
 )
-size, free = 12 * trainable, shutil.disk_usage(outputs).free  # AdamW has two more numbers for each parameter
-if free < size * (2 if checkpoint else 2 + (training_args.save_total_limit or 2)):
-    sys.exit(
-        f"{free / 1e9:.2f} GB are free in {outputs}, too little for checkpoints of {size / 1e9:.2f} GB: make room, or "
-        "choose another disk with --output_dir."
-    )
+size = 12 * trainable / 1e9  # of a checkpoint: AdamW has two more numbers for each parameter
+if shutil.disk_usage(outputs).free < size * (1 if checkpoint else 3) * 1e9:
+    sys.exit(f"Too little is free in {outputs}, for checkpoints of {size:.2f} GB: make room, or change --output_dir.")
 
 # %% [markdown]
 # ## Samples
