@@ -12,7 +12,6 @@ import argparse
 import gc
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -34,12 +33,10 @@ SHARED += ["chat_template.j*", "vocab.json", "merges.txt"]
 
 
 def prepare(settings, training_args):
-    """What a run wants done at its end, checked, as options of `main`. The token gets into no file."""
+    """What a run wants done at its end, checked, as options of `main`."""
     wanted = {"save_merged": settings.save_merged, "save_gguf": settings.save_gguf}
     if training_args.push_to_hub:
         wanted |= {name: getattr(training_args, name) for name in ("push_to_hub", "hub_model_id", "hub_private_repo")}
-        if training_args.hub_token:  # the libraries take it from here, too
-            os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
     check(**wanted)
     return wanted
 

@@ -32,10 +32,12 @@ import logging
 import os
 import random
 import re
+import signal
 import sys
 import time
+import warnings
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -47,13 +49,18 @@ from pathlib import Path
 os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
 # Unsloth writes patched copies of its libraries: into the user's cache rather than the working directory.
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path.home() / ".cache" / "unsloth_compiled"))
+for setting in ("HF_HUB_DISABLE_TELEMETRY", "UNSLOTH_DISABLE_STATISTICS"):  # nobody is told of a run
+    os.environ.setdefault(setting, "1")
 # On a CPU, threads that spin for long while they wait crawl beside another busy program: 2 samples/s, and so 26.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-for library in ("torchao", "bitsandbytes", "transformers.trainer_utils"):  # they warn of what does not matter here
-    logging.getLogger(library).setLevel(logging.ERROR)
+for library in ("torchao", "bitsandbytes", "transformers.trainer_utils", "datasets.load", "datasets.packaged_modules"):
+    logging.getLogger(library).setLevel(logging.ERROR)  # they warn of what does not matter here
+warnings.filterwarnings("ignore", "Could not find a config file")  # PEFT would ask the hub for the base model's
 # accelerate launch and torchrun start this file once for each GPU, and the first of these processes speaks for all.
 if int(os.environ.get("RANK", 0)):
     sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"  # noqa: SIM115
+if "get_ipython" not in globals():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, Ctrl-C leaves at once, silently
 
 import torch
 
@@ -67,13 +74,18 @@ if torch.cuda.is_available() and not sharded:
     except (ImportError, NotImplementedError, RuntimeError) as error:
         print(f"Without Unsloth, which can't be used here: {error}")
 
+import datasets
+import huggingface_hub
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from bitsandbytes.nn import Linear4bit
 from datasets import Image, load_dataset
+from datasets.config import DOWNLOADED_DATASETS_PATH
 from datasets.exceptions import DatasetGenerationError, DatasetsError
+from httpx import HTTPError
+from huggingface_hub.constants import HF_HUB_CACHE
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from PIL import Image as Pillow
@@ -84,8 +96,9 @@ from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TextStreamer
 from transformers.hf_argparser import HfArg
-from transformers.trainer_callback import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import cached_file
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 gc.freeze()  # Unsloth collects garbage 18 times as it loads a model: 7 s, if all that was imported is looked through
@@ -115,6 +128,7 @@ class Settings:
     dataset_test_split: str = HfArg(default="test", help="the split to measure on; if absent, part of train is")
     image_column: str = HfArg(default="image", help="the column of images")
     text_column: str = HfArg(default="text", help="the column of their LaTeX")
+    max_characters: int = HfArg(default=4000, help="leave out rows whose LaTeX is longer: it would fill the memory")
     instruction: str = HfArg(default="Write the LaTeX representation for this image.", help="what the model is asked")
 
     num_test_rows: int = HfArg(default=64, help="held-out rows to read before and after")
@@ -147,6 +161,7 @@ class TrainingSettings(SFTConfig):
     seed: int = 3407
     max_length: int | None = None  # a formula cut short would teach the model to stop early
     logging_steps: float = 1
+    logging_nan_inf_filter: bool = False  # it would hide from the log what ends the run (see Train)
     eval_steps: float = 0.2  # of the run, with --eval_strategy steps: then the checkpoint of the lowest loss is kept
     save_steps: float = 0.2  # of the run; a whole number: every so many steps
     save_total_limit: int | None = 2
@@ -181,16 +196,19 @@ class TrainingSettings(SFTConfig):
         self.per_device_train_batch_size, self.gradient_accumulation_steps, self.gradient_checkpointing = self.splits[0]
         if self.eval_strategy != "no" and self.save_strategy != "no":
             self.save_strategy, self.save_steps, self.load_best_model_at_end = self.eval_strategy, self.eval_steps, True
+            self.save_total_limit = self.save_total_limit and max(self.save_total_limit, 2)  # the best and the last
         self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
         super().__post_init__()
         self._n_gpu = min(self.n_gpu, 1)  # started as one process, the trainer would take a step on each GPU
 
 
-def fail(sentence):
+def fail(sentence, end=sys.exit):
     """Ends the run with a sentence that says what to do."""
     if int(os.environ.get("LOCAL_RANK", 0)):
         time.sleep(5)  # where all processes fail alike, the first says why, and the launcher ends the others meanwhile
-    sys.exit(sentence)
+    for bar in [*getattr(tqdm, "_instances", ())]:
+        bar.close()  # else it would be drawn once more, below the sentence
+    end(sentence)
 
 
 class Parser(TrlParser):
@@ -201,7 +219,7 @@ class Parser(TrlParser):
         return super().set_defaults_with_config(**typed)
 
     def error(self, message):
-        fail(f"{self.format_usage()}error: {message}")
+        fail(message, super().error)
 
 
 in_notebook = "get_ipython" in globals()
@@ -209,23 +227,35 @@ arguments = [] if in_notebook else sys.argv[1:]
 parser = Parser((Settings, TrainingSettings), usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]")
 try:
     settings, training_args, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    outputs = Path(training_args.output_dir)
-    outputs.mkdir(parents=True, exist_ok=True)
 except IndexError:
     parser.error("--config needs the name of a YAML file")
 except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
     parser.error(str(error))
-if unknown:
-    parser.error(f"unknown option {' '.join(unknown)} (--help lists them all)")
+if unknown:  # without their values: one can be a token
+    names = " ".join(word.split("=")[0] for word in unknown if word.startswith("-"))
+    parser.error(f"unknown option {names or unknown[0]} (--help lists them all)")
 if settings.num_test_rows < 1:
     parser.error("--num_test_rows has to be 1 at least: without held-out rows nothing is proved")
+if training_args.hub_token:  # the libraries take it from here, too; as an option it would be saved with checkpoints
+    os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
+outputs = Path(training_args.output_dir)
+try:
+    outputs.mkdir(parents=True, exist_ok=True)
+except OSError as error:
+    parser.error(f"can't write to {outputs} ({error.strerror}): choose another folder with --output_dir")
 checkpoint = training_args.resume_from_checkpoint
 if checkpoint and checkpoint.lower() == "true":
-    checkpoint = get_last_checkpoint(outputs) or f"in {outputs}"
+    checkpoint = get_last_checkpoint(outputs)
+    print(f"Going on from {checkpoint}" if checkpoint else f"There is no checkpoint in {outputs} yet: from the start")
 if checkpoint and not Path(checkpoint, "trainer_state.json").is_file():
     parser.error(f"there is no checkpoint {checkpoint} to go on from: start anew, without --resume_from_checkpoint")
+guard = None
+if find_spec("guard"):  # what can't be done is said now rather than after hours of training
+    import guard
+
+    guard.check(outputs, checkpoint, parser.error)
 beyond = settings.save_merged or settings.save_gguf or training_args.push_to_hub
-if beyond:  # what can't be done is said now rather than after hours of training
+if beyond:
     if not find_spec("export"):
         parser.error("--save_merged, --save_gguf and --push_to_hub need export.py, which has to lie beside this file")
     import export
@@ -244,25 +274,60 @@ if not torch.cuda.is_available() and settings.model_name_or_path == Settings.mod
 
 
 # %%
-def could_not_load(what, name, error):
-    """Ends the run with what `error` says, in a line, and plainer where the library's own words would not help."""
-    cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-    reason = str(cause).splitlines()[0].rstrip(".") if str(cause) else type(cause).__name__
-    if not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):  # nor can it be a hub name
-        reason = "there is no such file or folder"
-    elif cause is not error:
-        reason = f"there are no rows that can be read ({reason})"
-    fail(
-        f"Could not load the {what} {name!r}: {reason}. Check the name or the path, the network, and, if it is gated, "
-        "that you are logged in (hf auth login)."
-    )
+online = not datasets.config.HF_HUB_OFFLINE
 
 
-try:
-    config = AutoConfig.from_pretrained(settings.model_name_or_path)  # says best what is wrong with a name
-    processor = AutoProcessor.from_pretrained(settings.model_name_or_path)
-except (OSError, ValueError) as error:
-    could_not_load("model", settings.model_name_or_path, error)
+def allow_network(allow):
+    os.environ["HF_HUB_OFFLINE"] = str(int(not allow))
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = not allow
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".:")
+
+
+def load(what, name, get):
+    """What `get` loads by `name`: out of the cache, without the network, or else from the hub.
+
+    If neither has it, the run ends with what the libraries say, in a line, and plainer where that would not help.
+    """
+    allow_network(False)
+    if online and not Path(name).exists():
+        try:
+            return get()
+        except Exception:  # not, or not all of it, is in the cache
+            allow_network(True)
+    for wait in (5, 30, None):
+        try:
+            return get()
+        except (OSError, TypeError, ValueError, DatasetsError, HTTPError) as error:
+            http, reason = error, first_line(error)
+            while http and not isinstance(http, HTTPError):
+                http = http.__cause__ or http.__context__
+            status = getattr(getattr(http, "response", None), "status_code", 0)
+            if http and not 400 <= status < 429:
+                reason = first_line(http)
+            elif not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):  # no hub name either
+                reason = "there is no such file or folder"
+            elif isinstance(error, DatasetGenerationError):
+                reason = f"there are no rows that can be read ({first_line(error.__cause__)})"
+            if status < 429 or not wait:  # a failing connection has been tried again by the hub's own client
+                fail(
+                    f"Could not load the {what} {name!r}: {reason}. Check the name or the path, the network, and, if "
+                    "it is gated, that you are logged in (hf auth login)."
+                )
+        print(f"{reason}. Once more in {wait} s")
+        time.sleep(wait)
+
+
+def get_processor():
+    config = AutoConfig.from_pretrained(settings.model_name_or_path, trust_remote_code=False)  # says best what is wrong
+    # The weights are what comes last to the cache: where they are, all is.
+    cached_file(settings.model_name_or_path, "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    return config, AutoProcessor.from_pretrained(settings.model_name_or_path, trust_remote_code=False)
+
+
+config, processor = load("model", settings.model_name_or_path, get_processor)
 if sharded and hasattr(config, "quantization_config"):
     fail(
         f"{settings.model_name_or_path} is stored in few bits, which FSDP can't share out: name the 16-bit model it "
@@ -294,15 +359,16 @@ FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": 
 source = Path(settings.dataset_name)
 if source.is_file() and source.suffix not in FILE_TYPES:
     fail(f"{source} is none of {', '.join(FILE_TYPES)}. Name such a file, a folder, or a hub name.")
-try:
+
+
+def get_rows():
     with training_args.main_process_first():
         if source.is_file():
-            splits = load_dataset(FILE_TYPES[source.suffix], data_files=str(source))
-        else:
-            splits = load_dataset(settings.dataset_name, settings.dataset_config)
-except (OSError, ValueError, DatasetsError) as error:
-    could_not_load("data set", settings.dataset_name, error)
+            return load_dataset(FILE_TYPES[source.suffix], data_files=str(source))
+        return load_dataset(settings.dataset_name, settings.dataset_config)
 
+
+splits = load("data set", settings.dataset_name, get_rows)
 if settings.dataset_train_split not in splits:
     fail(f"{source} has no split {settings.dataset_train_split!r}; --dataset_train_split takes one of {[*splits]}.")
 train_rows = splits[settings.dataset_train_split]
@@ -320,10 +386,31 @@ except (TypeError, ValueError, NotImplementedError):
     fail(f"Column {settings.image_column!r} of {source} holds no images; choose another with --image_column.")
 
 
+class Unusable(Exception):
+    """Why a row can't be used, in words."""
+
+
+# Where the paths of a JSON or CSV file start, and the only places that the paths of a data set may lead to.
+data_folder = source if source.is_dir() else source.parent if source.is_file() else Path(HF_HUB_CACHE)
+places = data_folder.resolve(), Path(DOWNLOADED_DATASETS_PATH).resolve()
+warnings.simplefilter("error", Pillow.DecompressionBombWarning)  # from 89 million pixels on
+Pillow.init()
+IMAGE_TYPES = [name for name in Pillow.ID if name != "EPS"]  # that is a program, for Ghostscript to run
+
+
 def image_bytes(image):
     """The file of `image`, {"bytes": bytes or None, "path": str or None} as `datasets` has it undecoded."""
-    folder = source if source.is_dir() else source.parent  # where the paths in a JSON or CSV file start
-    return image["bytes"] or (folder / image["path"]).read_bytes()
+    if image["bytes"]:
+        return image["bytes"]
+    path = image["path"]
+    if path.startswith('"'):  # as `datasets` has it where other rows of a JSON file hold other things than paths
+        path = json.loads(path)
+    file = (data_folder / path).resolve()
+    if not any(file.is_relative_to(place) for place in places):
+        raise Unusable("image outside the data set's folder")
+    if not file.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(file)
+    return file.read_bytes()
 
 
 def open_image(image):
@@ -332,7 +419,13 @@ def open_image(image):
     Transparency becomes white paper (else black text on it is black on black), 16 bits a pixel become 8 (else they are
     clipped to white), and a photo is turned as its EXIF data says.
     """
-    picture = ImageOps.exif_transpose(Pillow.open(io.BytesIO(image_bytes(image))))
+    try:
+        picture = Pillow.open(io.BytesIO(image_bytes(image)), formats=IMAGE_TYPES)
+    except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning):
+        raise Unusable("image of too many pixels") from None
+    if max(picture.size) > 200 * min(picture.size):  # Qwen2-VL takes no others
+        raise Unusable("image over 200 times as long as wide")
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
         picture = picture.point(lambda level: level * (1 / 256)).convert("L")
     if picture.has_transparency_data:
@@ -349,26 +442,33 @@ def shuffled(rows):
 def usable(rows, numbers, split, wanted, held_out=frozenset()):
     """Takes rows by the iterator `numbers` until `wanted` are found that can be used (None: all that can).
 
-    A row can be used if its text is not empty and its image decodes and is not in `held_out`, a set of digests of
-    images. Prints which others it met. Returns {row's number: pixels of its image}, and the images' digests.
+    A row can be used if its text is not empty and its image decodes, shows something, and is not in `held_out`, a set
+    of digests of images. Prints which others it met. Returns {row's number: pixels of its image}, and the digests.
     """
     kept, digests, left_out = {}, set(), defaultdict(list)
     for number in tqdm(numbers, f"Checking {split} rows", total=wanted or len(rows), leave=False):
         text, image = rows[number][settings.text_column], rows[number][settings.image_column]
         try:
+            if not isinstance(text, str | None):
+                raise Unusable("text is not a string")
+            if not (text or "").strip():
+                raise Unusable("no text")
+            if len(text) > settings.max_characters:
+                raise Unusable(f"text of more than {settings.max_characters:,} characters")
+            if any(token in text for token in special_tokens):
+                raise Unusable("text with special tokens of the model")
             picture = open_image(image)
+            if picture.getcolors(1):
+                raise Unusable("image of one color")
             digest = hashlib.sha256(picture.tobytes()).digest()
-        except Exception:  # on a broken file Pillow's decoders raise anything
-            digest = None
-        if not (isinstance(text, str) and text.strip()):
-            left_out["no text"].append(number)
-        elif digest is None:
-            left_out["image missing or unreadable"].append(number)
-        elif digest in held_out:
-            left_out["same image as a held-out row"].append(number)
-        else:
+            if digest in held_out:
+                raise Unusable("same image as a held-out row")
             kept[number] = picture.width * picture.height
             digests.add(digest)
+        except Exception as error:  # on a broken file Pillow's decoders raise anything
+            reason = str(error) if isinstance(error, Unusable) else "image missing or unreadable"
+            left_out[reason].append(number)
+            skipped.append(json.dumps({"row": number, "split": str(rows.split), "reason": reason}))
         if len(kept) == wanted:
             break
     for reason, numbers in left_out.items():
@@ -379,10 +479,14 @@ def usable(rows, numbers, split, wanted, held_out=frozenset()):
 
 effective_batch = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
 needed = training_args.max_steps * effective_batch if training_args.max_steps > 0 else None
+special_tokens = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
+skipped = []
 numbers = shuffled(test_rows)
 test_pixels, test_images = usable(test_rows, numbers, "held-out", settings.num_test_rows)
 numbers = numbers if held_out_from_train else shuffled(train_rows)
 train_pixels, _ = usable(train_rows, numbers, "training", needed, held_out=test_images)
+if training_args.process_index == 0:
+    (outputs / "skipped.jsonl").write_text("".join(f"{line}\n" for line in skipped), encoding="utf-8")
 test_rows, train_rows = test_rows.select([*test_pixels]), train_rows.select([*train_pixels])
 if len(test_rows) < settings.num_test_rows or len(train_rows) == 0:
     fail(
@@ -434,7 +538,10 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
 lora = {"r": settings.lora_r, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout, "bias": "none"}
 lora["target_modules"] = settings.lora_target_modules
-try:
+
+
+def with_adapters():
+    """Returns the base model with new adapters."""
     with must_fit("the model"):
         if FastVisionModel:
             model, _ = FastVisionModel.from_pretrained(
@@ -449,7 +556,6 @@ try:
             for layer in model.modules():
                 if isinstance(layer, LoraLayer) and not settings.lora_dropout:
                     fuse(layer)
-            to_inference, to_training = FastVisionModel.for_inference, FastVisionModel.for_training
         else:
             nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
             stored = dtype if sharded else torch.uint8  # FSDP shares out what look like floating-point numbers
@@ -465,9 +571,15 @@ try:
                     layer.support_avx512bf16_for_cpu = False
             torch.manual_seed(training_args.seed)
             model = get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"))
-            to_inference, to_training = torch.nn.Module.eval, lambda model, recompute: model.train()
-except (OSError, ValueError) as error:
-    could_not_load("model", settings.model_name_or_path, error)
+    return model
+
+
+model = load("model", settings.model_name_or_path, with_adapters)
+allow_network(online and bool(beyond))  # all that training needs is here
+if FastVisionModel:
+    to_inference, to_training = FastVisionModel.for_inference, FastVisionModel.for_training
+else:
+    to_inference, to_training = torch.nn.Module.eval, lambda model, recompute: model.train()
 
 trainable, total = model.get_nb_trainable_parameters()
 print(
@@ -647,9 +759,10 @@ print(f"Before training: CER {before['cer']:.3f}, exact match {before['exact_mat
 
 # %% [markdown]
 # ## Train
-# The loss counts what the model is to write, the LaTeX and its end-of-turn token, and not the prompt. A killed run goes
-# on from its last checkpoint with `--resume_from_checkpoint true`. The samples of a step are split as is fastest; where
-# that runs out of memory, training goes on, from the step it had come to, with the next split.
+# The loss counts what the model is to write, the LaTeX and its end-of-turn token, and not the prompt. The samples of a
+# step are split as is fastest; where that runs out of memory, training goes on, from the step it had come to, with the
+# next split. Killed or stopped (Ctrl-C: after the step), it goes on from its last checkpoint, as if nothing had
+# happened, with `--resume_from_checkpoint true`.
 
 
 # %%
@@ -661,27 +774,6 @@ class LossBar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
         elif self.training_bar is not None and "eval_loss" in logs:
             self.training_bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
-
-
-class Rehearsal(TrainerCallback):
-    """Takes the longest samples once before training, to see whether the memory of every process suffices.
-
-    In training the others would wait for ever for one that gave up in the middle of a step.
-    """
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        fits, size = True, args.per_device_train_batch_size
-        longest = [*sampler][effective_batch - size : effective_batch]
-        try:
-            adam = torch.empty(2 * trainable, device=model.device)  # noqa: F841 (as much as the optimizer will take)
-            model(**trainer._prepare_inputs(collate([train_set[row] for row in longest]))).loss.backward()
-        except RuntimeError as error:
-            if "out of memory" not in str(error):
-                raise
-            fits = False
-        model.zero_grad(set_to_none=True)
-        if not all(gather_object([fits])):
-            raise torch.OutOfMemoryError("out of memory, as a rehearsal shows")
 
 
 sampler = LikeLengths(lengths, effective_batch)
@@ -696,7 +788,7 @@ with must_fit("a training step"):
         training_args.gradient_checkpointing = recompute
         to_training(model, recompute)
         adapters = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-        trainer = SFTTrainer(
+        trainer = (guard.Trainer if guard else SFTTrainer)(
             model=model,
             processing_class=processor,
             args=training_args,
@@ -704,12 +796,10 @@ with must_fit("a training step"):
             train_dataset=train_set,
             eval_dataset=test_set if training_args.eval_strategy != "no" else None,
         )
-        trainer._get_train_sampler = lambda *_: sampler
+        trainer._get_train_sampler, trainer.row_numbers = lambda *_: sampler, [*train_pixels]
         if not in_notebook and not training_args.disable_tqdm:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(LossBar)
-        if training_args.world_size > 1 and not sharded:
-            trainer.add_callback(Rehearsal)
         # TRL rounds the adapters of a 4-bit model to bf16, where small updates are lost and fp16 training fails.
         for parameter, data in adapters:
             parameter.data = data.float()
@@ -762,15 +852,6 @@ if sharded:  # put together what each process has of the adapters
 training_args.distributed_state.destroy_process_group()
 if training_args.process_index:
     sys.exit()  # the rest is for one process
-model.save_pretrained(outputs / "adapter", state_dict=weights)
-processor.save_pretrained(outputs / "adapter")
-(outputs / "held_out").mkdir(exist_ok=True)
-predictions = []
-for row, truth, old, new, sample in zip(test_pixels, truths, readings_before, readings_after, test_set, strict=True):
-    image = f"held_out/{row}.png"
-    sample["image"].save(outputs / image)
-    predictions.append(json.dumps({"row": row, "image": image, "truth": truth, "before": old, "after": new}))
-
 packages = ["torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "pillow", "rapidfuzz"]
 metrics = {
     "rows": len(truths),
@@ -785,10 +866,19 @@ metrics = {
     "quantization": model.config.to_dict().get("quantization_config"),
     "versions": {name: version(name) for name in packages + ["unsloth", "unsloth_zoo"] * bool(FastVisionModel)},
 }
-for name, text in (("predictions.jsonl", "\n".join(predictions)), ("metrics.json", json.dumps(metrics, indent=2))):
-    part = outputs / f"{name}.part"  # so that nobody, not even after a crash, finds half a file
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(outputs / name)
+with guard.saving(outputs, "the results") if guard else nullcontext(outputs) as results:
+    model.save_pretrained(results / "adapter", state_dict=weights)
+    processor.save_pretrained(results / "adapter")
+    (results / "held_out").mkdir(exist_ok=True)
+    predictions = []
+    for row, truth, old, new, sample in zip(
+        test_pixels, truths, readings_before, readings_after, test_set, strict=True
+    ):
+        image = f"held_out/{row}.png"
+        sample["image"].save(results / image)
+        predictions.append(json.dumps({"row": row, "image": image, "truth": truth, "before": old, "after": new}))
+    (results / "predictions.jsonl").write_text("\n".join(predictions) + "\n", encoding="utf-8")
+    (results / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 memory = f", {train['peak_memory_gb']:.1f} GB of GPU memory at most" if "peak_memory_gb" in train else ""
 print(f"Trained in {train['train_runtime']:.0f} s, {train['train_samples_per_second']:.1f} samples/s{memory}.")

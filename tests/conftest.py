@@ -39,3 +39,27 @@ def execute(monkeypatch):
         return names
 
     return execute
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Options of a run whose steps take milliseconds: a model of 140 thousand parameters, 40 rows."""
+    import torch
+    from datasets import load_dataset
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    place = tmp_path_factory.mktemp("tiny")
+    config = AutoConfig.from_pretrained(ROOT / "demo/model")
+    text, vision = config.text_config, config.vision_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.layer_types = 64, 64, 1, ["full_attention"]
+    text.num_attention_heads, text.num_key_value_heads, text.rope_parameters["mrope_section"] = 2, 1, [4, 6, 6]
+    vision.hidden_size, vision.embed_dim, vision.depth, vision.num_heads, vision.mlp_ratio = 64, 32, 1, 2, 1
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(place / "model")
+    AutoProcessor.from_pretrained(ROOT / "demo/model").save_pretrained(place / "model")
+    load_dataset("demo/data", split="train").select(range(42)).to_parquet(place / "rows.parquet")
+    return [
+        "--model_name_or_path", str(place / "model"), "--dataset_name", str(place / "rows.parquet"),
+        "--num_test_rows", "2", "--max_new_tokens", "4", "--min_pixels", "3136", "--per_device_train_batch_size", "4",
+        "--max_steps", "40", "--save_steps", "1", "--lora_dropout", "0.1", "--learning_rate", "1e-3",
+    ]  # fmt: skip

@@ -59,7 +59,9 @@ CASES = {
     ),
     "a folder without a model": ([*SHORT, "--model_name_or_path", "DATA/model"], ["DATA/model", "config.json"]),
     "no held-out rows": ([*SHORT, "--num_test_rows", "0"], ["--num_test_rows", "1 at least"]),
-    "no checkpoint to go on from": ([*SHORT, "--resume_from_checkpoint", "true"], ["no checkpoint"]),
+    "no checkpoint to go on from": ([*SHORT, "--resume_from_checkpoint", "DATA/checkpoint-5"], ["no checkpoint DATA"]),
+    "an unknown option with a secret": (["--token", "hf_secret"], ["option --token (--help"]),
+    "a folder that can't be made": ([*SHORT, "--output_dir", "DATA/notes.txt/out"], ["notes.txt", "--output_dir"]),
 }
 
 
@@ -69,7 +71,7 @@ def test_one_clear_sentence(case, data, tmp_path):
     arguments = [argument.replace("DATA", str(data)) for argument in arguments]
     (tmp_path / "adapter").mkdir()
     (tmp_path / "metrics.json").write_text(json.dumps("of an earlier run"))
-    if arguments != ["--config"]:
+    if arguments != ["--config"] and "--output_dir" not in arguments:
         arguments += ["--output_dir", str(tmp_path)]
     ended = run(*arguments)
     assert ended.returncode not in (0, None)

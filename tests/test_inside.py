@@ -132,6 +132,7 @@ def open_image():
     """The script's `open_image`, without the rest of the script."""
     text = SCRIPT.read_text()
     names = {"io": io, "Pillow": Image, "ImageOps": ImageOps, "image_bytes": lambda image: image["bytes"]}
+    exec(text[text.index("IMAGE_TYPES =") : text.index("def image_bytes")], names)
     exec(text[text.index("def open_image") : text.index("def usable")], names)
     return names["open_image"]
 
