@@ -21,6 +21,7 @@ class Script:
         main = sys.modules["__main__"] = types.ModuleType("__main__")  # where checkpoints look for its classes
         self.names = main.__dict__
         sys.argv = [str(SCRIPT), *map(str, arguments)]
+        sys.path[0] = str(ROOT)  # where guard.py lies
 
     def run(self, title, until=None):
         """Executes the cell named `title`, or its beginning, up to the line `until`."""

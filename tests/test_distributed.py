@@ -28,6 +28,7 @@ def change(self, *arguments, input_ids=None, **inputs):
 
 if os.environ["RANK"] == "1":
     Model.forward = change
+sys.path[0] = os.path.dirname(sys.argv[0])  # where guard.py lies
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -203,7 +204,7 @@ def test_two_machines_learn_what_one_does(one, two_machines, tmp_path):
 
 # Accelerate shards models on accelerators only: this has it take the CPU for one.
 SHARD_ON_CPU = """
-import runpy, sys
+import os, runpy, sys
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 begin = PartialState.__init__
@@ -215,6 +216,7 @@ def pretend(self, *arguments, **options):
 
 PartialState.__init__ = pretend
 sys.argv[0] = {script}
+sys.path[0] = os.path.dirname(sys.argv[0])  # where guard.py lies
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
