@@ -286,13 +286,13 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
-def load(what, name, get):
+def load(what, name, get, cached=True):
     """What `get` loads by `name`: out of the cache, without the network, or else from the hub.
 
     If neither has it, the run ends with what the libraries say, in a line, and plainer where that would not help.
     """
-    allow_network(False)
-    if online and not Path(name).exists():
+    allow_network(online and not cached)
+    if online and cached and not Path(name).exists():
         try:
             return get()
         except Exception:  # not, or not all of it, is in the cache
@@ -559,6 +559,8 @@ def with_adapters():
         else:
             nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
             stored = dtype if sharded else torch.uint8  # FSDP shares out what look like floating-point numbers
+            if sharded:  # the launcher gives each process one thread, and 4 bits are made on the CPU
+                torch.set_num_threads(max(1, os.cpu_count() // training_args.world_size))
             nf4 = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=stored)
             model = AutoModelForImageTextToText.from_pretrained(
                 settings.model_name_or_path,
@@ -574,7 +576,8 @@ def with_adapters():
     return model
 
 
-model = load("model", settings.model_name_or_path, with_adapters)
+weights = Path(HF_HUB_CACHE, f"models--{settings.model_name_or_path.replace('/', '--')}").glob("snapshots/*/*.safetensors")
+model = load("model", settings.model_name_or_path, with_adapters, cached=any(weights))
 allow_network(online and bool(beyond))  # all that training needs is here
 if FastVisionModel:
     to_inference, to_training = FastVisionModel.for_inference, FastVisionModel.for_training
@@ -780,10 +783,12 @@ sampler = LikeLengths(lengths, effective_batch)
 first_step = json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"] if checkpoint else 0
 started = time.perf_counter()
 with must_fit("a training step"):
-    for split in training_args.splits:
+    for trial, split in enumerate(training_args.splits):
         size, times, recompute = split
         by = f" in each of {training_args.world_size} processes" * (training_args.world_size > 1)
-        print(f"Training {size} x {times} samples a step{by}, activations {'recomputed' if recompute else 'kept'}")
+        why = "as set" if len(training_args.splits) == 1 else "the fastest" + " that fits" * (trial > 0)
+        kept = "recomputed" if recompute else "kept"
+        print(f"Training {size} x {times} samples a step{by}, activations {kept}: {why}")
         training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps = size, times
         training_args.gradient_checkpointing = recompute
         to_training(model, recompute)

@@ -43,11 +43,11 @@ def test_out_of_memory_goes_on_with_a_smaller_split_and_learns_the_same(tmp_path
     assert ended.returncode == 0, ended.stderr[-3000:]
     said = [line for line in ended.stdout.splitlines() if line.startswith(("Training ", "That takes more memory"))]
     assert [line for line in said if line.startswith("Training")] == [
-        "Training 8 x 1 samples a step, activations kept",
-        "Training 4 x 2 samples a step, activations kept",
-        "Training 8 x 1 samples a step, activations recomputed",
-        "Training 4 x 2 samples a step, activations recomputed",
-        "Training 2 x 4 samples a step, activations recomputed",
+        "Training 8 x 1 samples a step, activations kept: the fastest",
+        "Training 4 x 2 samples a step, activations kept: the fastest that fits",
+        "Training 8 x 1 samples a step, activations recomputed: the fastest that fits",
+        "Training 4 x 2 samples a step, activations recomputed: the fastest that fits",
+        "Training 2 x 4 samples a step, activations recomputed: the fastest that fits",
     ]
     assert len(said) == 9
     assert losses(tmp_path / "short") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
