@@ -362,13 +362,13 @@ if source.is_file() and source.suffix not in FILE_TYPES:
 
 
 def get_rows():
-    with training_args.main_process_first():
-        if source.is_file():
-            return load_dataset(FILE_TYPES[source.suffix], data_files=str(source))
-        return load_dataset(settings.dataset_name, settings.dataset_config)
+    if source.is_file():
+        return load_dataset(FILE_TYPES[source.suffix], data_files=str(source))
+    return load_dataset(settings.dataset_name, settings.dataset_config)
 
 
-splits = load("data set", settings.dataset_name, get_rows)
+with training_args.main_process_first():  # around all attempts: each process may need another number of them
+    splits = load("data set", settings.dataset_name, get_rows)
 if settings.dataset_train_split not in splits:
     fail(f"{source} has no split {settings.dataset_train_split!r}; --dataset_train_split takes one of {[*splits]}.")
 train_rows = splits[settings.dataset_train_split]

@@ -34,7 +34,7 @@ def check(outputs, checkpoint, fail):
         fail(f"can't write to {outputs} ({error.strerror}): choose another folder with --output_dir")
     if shutil.disk_usage(outputs).free < 1e8:
         fail(f"less than 0.1 GB is free in {outputs}: make room, or choose another disk with --output_dir")
-    finished = outputs / "metrics.json"  # a run's last file
+    finished = outputs / "adapter" / "adapter_model.safetensors"  # what a run moves last, and nothing writes later
     finished = finished.stat().st_mtime if finished.exists() else 0
     unfinished = any(folder.stat().st_mtime > finished for folder in outputs.glob("checkpoint-*"))
     if unfinished and (not checkpoint or Path(checkpoint).resolve().parent != outputs.resolve()):
@@ -72,7 +72,7 @@ def saving(outputs, what):
             if file.is_file():
                 with file.open("rb+") as opened:
                     os.fsync(opened)
-        for new in sorted(part.iterdir()):
+        for new in sorted(part.iterdir(), reverse=True):  # the adapter last (see `check`)
             if (outputs / new.name).is_dir():
                 (outputs / new.name).rename(part / f"old {new.name}")
             new.replace(outputs / new.name)

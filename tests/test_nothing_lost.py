@@ -231,6 +231,7 @@ def test_runs_do_not_overwrite_one_another(tiny, whole, tmp_path):
     assert json.loads((folder / "metrics.json").read_text())["settings"]["seed"] == 3407
     assert max(steps(folder)) < 6, "what there is to go on from is this run's"
 
+    subprocess.run([sys.executable, "report.py", folder], cwd=ROOT, check=True)  # writes to the finished run's results
     before = digests(folder)
     ended = run(*other, "--output_dir", folder)  # over the unfinished one
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
