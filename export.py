@@ -95,12 +95,17 @@ def first_line(error):
 
 def load_base(name, metrics, dtype, device):
     """The base model as the run had it: in 4 bits if it was trained on in 4 bits."""
+    from bitsandbytes.nn import Linear4bit
     from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
     how = {"dtype": dtype, "device_map": {"": device}}
     if metrics["settings"]["load_in_4bit"] and not hasattr(AutoConfig.from_pretrained(name), "quantization_config"):
         how["quantization_config"] = BitsAndBytesConfig(**metrics["quantization"])
-    return AutoModelForImageTextToText.from_pretrained(name, **how)
+    model = AutoModelForImageTextToText.from_pretrained(name, **how)
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):  # else some CPUs compute in bfloat16, whatever `dtype` says
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def read(model, processor, files, settings):
@@ -203,8 +208,9 @@ def merge(outputs, metrics, dtype=None):
     said = f"it reads {same} of {len(rows)} held-out images as the adapters do, the base alone {as_base}"
     if same < SHARE[dtype] * len(rows):
         sys.exit(
-            f"Not merged: {said}; {SHARE[dtype]:.0%} are needed. What was made is in {part}, not to be used. Where "
-            f"only the rounding to {dtype} is to blame, this helps: export.py {outputs} --save_merged --dtype float32"
+            f"Not merged: {said}; {SHARE[dtype]:.0%} are needed. What was made is in {part}, not to be used."
+            + f" If only the rounding to {dtype} is to blame, this helps: export.py {outputs} --save_merged --dtype "
+            "float32" * (dtype != "float32")
         )
     shutil.rmtree(merged, ignore_errors=True)
     part.replace(merged)

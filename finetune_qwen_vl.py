@@ -576,8 +576,8 @@ def with_adapters():
     return model
 
 
-weights = Path(HF_HUB_CACHE, f"models--{settings.model_name_or_path.replace('/', '--')}").glob("snapshots/*/*.safetensors")
-model = load("model", settings.model_name_or_path, with_adapters, cached=any(weights))
+weights = f"models--{settings.model_name_or_path.replace('/', '--')}/snapshots/*/*.safetensors"
+model = load("model", settings.model_name_or_path, with_adapters, cached=any(Path(HF_HUB_CACHE).glob(weights)))
 allow_network(online and bool(beyond))  # all that training needs is here
 if FastVisionModel:
     to_inference, to_training = FastVisionModel.for_inference, FastVisionModel.for_training
