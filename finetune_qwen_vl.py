@@ -447,7 +447,8 @@ def usable(rows, numbers, split, wanted, held_out=frozenset()):
     """
     kept, digests, left_out = {}, set(), defaultdict(list)
     for number in tqdm(numbers, f"Checking {split} rows", total=wanted or len(rows), leave=False):
-        text, image = rows[number][settings.text_column], rows[number][settings.image_column]
+        row = rows[number]
+        text, image = row[settings.text_column], row[settings.image_column]
         try:
             if not isinstance(text, str | None):
                 raise Unusable("text is not a string")
