@@ -74,8 +74,6 @@ if torch.cuda.is_available() and not sharded:
     except (ImportError, NotImplementedError, RuntimeError) as error:
         print(f"Without Unsloth, which can't be used here: {error}")
 
-import datasets
-import huggingface_hub
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size, gather_object
@@ -274,50 +272,24 @@ if not torch.cuda.is_available() and settings.model_name_or_path == Settings.mod
 
 
 # %%
-online = not datasets.config.HF_HUB_OFFLINE
-
-
-def allow_network(allow):
-    os.environ["HF_HUB_OFFLINE"] = str(int(not allow))
-    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = not allow
-
-
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".:")
-
-
 def load(what, name, get, cached=True):
-    """What `get` loads by `name`: out of the cache, without the network, or else from the hub.
+    """What `get` loads by `name`; if it can't, the run ends with the reason, plainer than the libraries' where need be.
 
-    If neither has it, the run ends with what the libraries say, in a line, and plainer where that would not help.
+    `guard.py` asks the hub for what is not `cached` alone, and again where it is busy.
     """
-    allow_network(online and not cached)
-    if online and cached and not Path(name).exists():
-        try:
-            return get()
-        except Exception:  # not, or not all of it, is in the cache
-            allow_network(True)
-    for wait in (5, 30, None):
-        try:
-            return get()
-        except (OSError, TypeError, ValueError, DatasetsError, HTTPError) as error:
-            http, reason = error, first_line(error)
-            while http and not isinstance(http, HTTPError):
-                http = http.__cause__ or http.__context__
-            status = getattr(getattr(http, "response", None), "status_code", 0)
-            if http and not 400 <= status < 429:
-                reason = first_line(http)
-            elif not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):  # no hub name either
-                reason = "there is no such file or folder"
-            elif isinstance(error, DatasetGenerationError):
-                reason = f"there are no rows that can be read ({first_line(error.__cause__)})"
-            if status < 429 or not wait:  # a failing connection has been tried again by the hub's own client
-                fail(
-                    f"Could not load the {what} {name!r}: {reason}. Check the name or the path, the network, and, if "
-                    "it is gated, that you are logged in (hf auth login)."
-                )
-        print(f"{reason}. Once more in {wait} s")
-        time.sleep(wait)
+    try:
+        return guard.patiently(name, get, cached) if guard else get()
+    except (OSError, TypeError, ValueError, DatasetsError, HTTPError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0].rstrip(".:")
+        if not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):  # nor can the hub have it
+            reason = "there is no such file or folder"
+        elif cause is not error:
+            reason = f"there are no rows that can be read ({reason})"
+        fail(
+            f"Could not load the {what} {name!r}: {reason}. Check the name or the path, the network, and, if it is "
+            "gated, that you are logged in (hf auth login)."
+        )
 
 
 def get_processor():
@@ -579,7 +551,8 @@ def with_adapters():
 
 weights = f"models--{settings.model_name_or_path.replace('/', '--')}/snapshots/*/*.safetensors"
 model = load("model", settings.model_name_or_path, with_adapters, cached=any(Path(HF_HUB_CACHE).glob(weights)))
-allow_network(online and bool(beyond))  # all that training needs is here
+if guard:
+    guard.allow_network(bool(beyond))  # all that training needs is here
 if FastVisionModel:
     to_inference, to_training = FastVisionModel.for_inference, FastVisionModel.for_training
 else:

@@ -2,7 +2,7 @@
 
 Checkpoints and results are there as a whole or not at all, Ctrl-C and SIGTERM save before they end a run, a loss that
 is no number ends it before anything is learned from it, a disk that is full is said in a sentence, and of several
-processes none waits for ever for one that has run out of memory.
+processes none waits for ever for one that has run out of memory. The hub is asked for what is not cached alone.
 """
 
 import math
@@ -11,11 +11,15 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import torch
 from accelerate.utils import gather_object
+from httpx import HTTPError
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -42,6 +46,44 @@ def check(outputs, checkpoint, fail):
             f"{outputs} holds a run that has not finished. Go on with it by --resume_from_checkpoint true, or leave it "
             "and write to another folder by --output_dir"
         )
+
+
+online = not datasets.config.HF_HUB_OFFLINE
+
+
+def allow_network(allow):
+    """Lets the hub be asked, or not; never where the user has forbidden it by HF_HUB_OFFLINE."""
+    os.environ["HF_HUB_OFFLINE"] = str(int(not (allow and online)))
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = not (allow and online)
+
+
+def patiently(name, get, cached=True):
+    """What `get` loads by `name`: out of the cache, without the network, or else from the hub.
+
+    A hub that is busy is asked again after 5 and 30 s (a failing connection its own client has tried again). If it
+    can't be reached, that is a ConnectionError; other errors are those of `get`.
+    """
+    allow_network(not cached)
+    if online and cached and not Path(name).exists():
+        try:
+            return get()
+        except Exception:  # not, or not all of it, is in the cache
+            allow_network(True)
+    for wait in (5, 30, None):
+        try:
+            return get()
+        except Exception as error:
+            http = error
+            while http and not isinstance(http, HTTPError):
+                http = http.__cause__ or http.__context__
+            status = getattr(getattr(http, "response", None), "status_code", 0)
+            if not http or 400 <= status < 429:
+                raise
+            reason = (str(http).splitlines() or [type(http).__name__])[0].rstrip(".:")
+            if status < 429 or not wait:
+                raise ConnectionError(reason) from error
+        print(f"{reason}. Once more in {wait} s")
+        time.sleep(wait)
 
 
 def end(sentence):
