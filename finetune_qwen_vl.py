@@ -222,7 +222,8 @@ class Parser(TrlParser):
 
 in_notebook = "get_ipython" in globals()
 arguments = [] if in_notebook else sys.argv[1:]
-parser = Parser((Settings, TrainingSettings), usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]")
+usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
+parser = Parser((Settings, TrainingSettings), usage=usage, allow_abbrev=False)
 try:
     settings, training_args, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
 except IndexError:
@@ -251,7 +252,9 @@ guard = None
 if find_spec("guard"):  # what can't be done is said now rather than after hours of training
     import guard
 
-    guard.check(outputs, checkpoint, parser.error)
+    guard.check(outputs, checkpoint, training_args.max_steps, parser.error)
+else:
+    print("guard.py is not beside this file: Ctrl-C does not save, and a kill can leave half a checkpoint.")
 beyond = settings.save_merged or settings.save_gguf or training_args.push_to_hub
 if beyond:
     if not find_spec("export"):
@@ -446,7 +449,7 @@ def usable(rows, numbers, split, wanted, held_out=frozenset()):
             break
     for reason, numbers in left_out.items():
         named = ", ".join(map(str, sorted(numbers)[:20])) + (", ..." if len(numbers) > 20 else "")
-        print(f"Left out {len(numbers)} {split} rows ({reason}): {named}")
+        print(f"Left out {len(numbers)} {split} row{'s' * (len(numbers) > 1)} ({reason}): {named}")
     return kept, digests
 
 
@@ -776,6 +779,7 @@ with must_fit("a training step"):
             eval_dataset=test_set if training_args.eval_strategy != "no" else None,
         )
         trainer._get_train_sampler, trainer.row_numbers = lambda *_: sampler, [*train_pixels]
+        trainer.create_model_card = lambda **_: None  # it would not know the base model; report.py makes one that does
         if not in_notebook and not training_args.disable_tqdm:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(LossBar)
@@ -803,6 +807,7 @@ with must_fit("a training step"):
 
 train["train_runtime"] = time.perf_counter() - started
 train["train_samples_per_second"] = (trainer.state.global_step - first_step) * effective_batch / train["train_runtime"]
+train["samples"] = trainer.state.global_step * effective_batch  # also those from before a resumed run's checkpoint
 train["log"] = trainer.state.log_history
 if torch.cuda.is_available():
     train["peak_memory_gb"] = max(gather_object([torch.cuda.max_memory_reserved() / 1e9]))  # of one GPU

@@ -5,6 +5,7 @@ is no number ends it before anything is learned from it, a disk that is full is 
 processes none waits for ever for one that has run out of memory. The hub is asked for what is not cached alone.
 """
 
+import json
 import math
 import os
 import shutil
@@ -27,10 +28,10 @@ from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 from trl import SFTTrainer
 
 
-def check(outputs, checkpoint, fail):
+def check(outputs, checkpoint, max_steps, fail):
     """Calls `fail` with a sentence if a run can't write to the folder `outputs`, or would write over an unfinished one.
 
-    `checkpoint` is what it goes on from, if anything.
+    `checkpoint` is what it goes on from, if anything. If that run has finished and taken its `max_steps`, this ends.
     """
     try:
         tempfile.TemporaryFile(dir=outputs).close()
@@ -41,7 +42,13 @@ def check(outputs, checkpoint, fail):
     finished = outputs / "adapter" / "adapter_model.safetensors"  # what a run moves last, and nothing writes later
     finished = finished.stat().st_mtime if finished.exists() else 0
     unfinished = any(folder.stat().st_mtime > finished for folder in outputs.glob("checkpoint-*"))
-    if unfinished and (not checkpoint or Path(checkpoint).resolve().parent != outputs.resolve()):
+    own = checkpoint and Path(checkpoint).resolve().parent == outputs.resolve()
+    if own and not unfinished:
+        state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+        if 0 < max_steps <= state["global_step"]:
+            print(f"The run in {outputs} has finished already, after {max_steps} steps. To train on: more --max_steps")
+            sys.exit()
+    if unfinished and not own:
         fail(
             f"{outputs} holds a run that has not finished. Go on with it by --resume_from_checkpoint true, or leave it "
             "and write to another folder by --output_dir"

@@ -462,7 +462,7 @@ def make(outputs):
     before, after, difference = score(predictions, settings["seed"])
     metrics |= {"before": before, "after": after, "difference": difference}
 
-    rows, samples = len(predictions), round(train["train_samples_per_second"] * train["train_runtime"])
+    rows, samples = len(predictions), train["samples"]
     memory = {"peak GPU memory": f"{train['peak_memory_gb']:.1f} GB"} if "peak_memory_gb" in train else {}
     run = {
         "model": shown_name(settings["model_name_or_path"]),

@@ -46,7 +46,7 @@ def outputs(tmp_path_factory):
     settings = {"model_name_or_path": "/home/somebody/secret/model", "dataset_name": "unsloth/LaTeX_OCR", "seed": 1}
     settings |= {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "lora_r": 16, "lora_alpha": 16}
     settings |= {"lora_dropout": 0.0, "dataset_test_split": "test", "instruction": "Write <b>LaTeX</b>."}
-    train = {"train_runtime": 12.5, "train_samples_per_second": 8.0, "log": log, "peak_memory_gb": 9.3}
+    train = {"train_runtime": 12.5, "train_samples_per_second": 8.0, "samples": 100, "log": log, "peak_memory_gb": 9.3}
     metrics = {"train": train, "settings": settings, "hardware": "a GPU", "versions": {"torch": "2.10.0"}}
     metrics |= {"rows_of_seen_formulas": 5, "test_split": "train"}
     (folder / "metrics.json").write_text(json.dumps(metrics))
