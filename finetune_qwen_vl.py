@@ -253,8 +253,6 @@ if find_spec("guard"):  # what can't be done is said now rather than after hours
     import guard
 
     guard.check(outputs, checkpoint, training_args.max_steps, parser.error)
-else:
-    print("guard.py is not beside this file: Ctrl-C does not save, and a kill can leave half a checkpoint.")
 beyond = settings.save_merged or settings.save_gguf or training_args.push_to_hub
 if beyond:
     if not find_spec("export"):
@@ -267,6 +265,9 @@ if not torch.cuda.is_available() and settings.model_name_or_path == Settings.mod
         f"{settings.model_name_or_path} needs an NVIDIA GPU with 10 GB of free memory, and there is none here. "
         "To see everything work on this machine: python finetune_qwen_vl.py --config demo/config.yaml"
     )
+
+if not guard:
+    print("guard.py is not beside this file: Ctrl-C does not save, and a kill can leave half a checkpoint.")
 
 # %% [markdown]
 # ## Question
