@@ -251,7 +251,8 @@ class Trainer(SFTTrainer):
     def _get_grad_norm(self, *args, **kwargs):
         norm = super()._get_grad_norm(*args, **kwargs)
         # In fp16, the gradients are scaled up as far as they can be: what is too far is tried again with less.
-        if not self.args.fp16 or self.accelerator.scaler.get_scale() < 1:
+        scaler = self.accelerator.scaler
+        if scaler is None or scaler.get_scale() < 1:
             self.must_be_finite("gradient", norm)
         return norm
 
