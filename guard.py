@@ -37,6 +37,8 @@ def check(outputs, checkpoint, max_steps, fail):
         tempfile.TemporaryFile(dir=outputs).close()
     except OSError as error:
         fail(f"can't write to {outputs} ({error.strerror}): choose another folder with --output_dir")
+    if int(os.environ.get("RANK", 0)) == 0:
+        put_back(outputs)  # where a run was killed between two renames
     if shutil.disk_usage(outputs).free < 1e8:
         fail(f"less than 0.1 GB is free in {outputs}: make room, or choose another disk with --output_dir")
     finished = outputs / "adapter" / "adapter_model.safetensors"  # what a run moves last, and nothing writes later
@@ -106,6 +108,13 @@ def how_to_go_on(outputs):
     return f"{last} is whole: the same command with --resume_from_checkpoint true goes on from it." if last else ""
 
 
+def put_back(outputs):
+    """Gives what was moved aside for something newer its place again, if that never took it."""
+    for old in (outputs / "part").glob("old *"):
+        if not (outputs / old.name.removeprefix("old ")).exists():
+            old.rename(outputs / old.name.removeprefix("old "))
+
+
 @contextmanager
 def saving(outputs, what):
     """A folder to write `what` to; at the end all that is in it is moved to `outputs`, each part in one rename.
@@ -127,6 +136,7 @@ def saving(outputs, what):
             new.replace(outputs / new.name)
     except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(outputs).free / 1e9
+        put_back(outputs)
         shutil.rmtree(part, ignore_errors=True)
         end(
             f"\nCould not save {what}, with {free:.2f} GB free in {outputs}: {error}. Make room. "

@@ -322,6 +322,42 @@ def disk(folder, options):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
+INTERRUPTED = """
+import sys, guard
+from pathlib import Path
+outputs, how, replace = Path(sys.argv[1]), sys.argv[2], Path.replace
+
+def fail(self, target):  # the second of the two renames
+    if self.name == "adapter":
+        raise OSError(5, "Input/output error") if how == "fault" else KeyboardInterrupt
+    return replace(self, target)
+
+Path.replace = fail
+with guard.saving(outputs, "the results") as part:
+    (part / "adapter").mkdir()
+    (part / "adapter" / "adapter_model.safetensors").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("how", ["fault", "kill"])
+def test_what_is_to_be_replaced_is_not_lost_between_two_renames(how, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_text("old")
+
+    def python(code, *arguments):
+        return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    ended = python(INTERRUPTED, str(tmp_path), how)
+    assert ended.returncode != 0
+    if how == "fault":
+        assert ended.stderr.splitlines()[-1].startswith("Could not save the results")
+    else:  # the next run puts it back
+        assert not (tmp_path / "adapter").exists()
+        checked = python("import sys, guard; guard.check(guard.Path(sys.argv[1]), None, 1, sys.exit)", str(tmp_path))
+        assert checked.returncode == 0, checked.stderr[-3000:]
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_text() == "old"
+
+
 def test_a_disk_that_fills_up_leaves_what_was_saved(tiny, whole, tmp_path):
     folder = tmp_path / "out"
     with disk(folder, "size=130m"):
