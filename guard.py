@@ -157,18 +157,19 @@ class Stopper(TrainerCallback):
     """Has the trainer finish its step, save and stop, when Ctrl-C or SIGTERM asks for it; again, it ends at once."""
 
     def __init__(self):
-        self.asked, self.handlers = 0, {}
+        self.told, self.asked, self.handlers = 0, 0, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.handlers = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(self, number, frame):
-        self.asked = number
+        self.told = number
         signal.signal(number, self.handlers[number])
         if int(os.environ.get("RANK", 0)) == 0:
             print("\nStopping after this step, to save it. Once more, and it stops at once.", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.asked = self.told  # not one variable: a signal can come while this is exchanged, and must not be lost
         if args.world_size > 1:  # one may have been told before the others
             self.asked = max(gather_object([self.asked]))
         if self.asked:
