@@ -161,6 +161,7 @@ def merge(outputs, metrics, dtype=None):
     processor = AutoProcessor.from_pretrained(adapter)
     part, merged = outputs / "merged.part", outputs / "merged"
 
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in the run: it plans anew for every size of an image or a text
     device = 0 if torch.cuda.is_available() else "cpu"
     model = PeftModel.from_pretrained(load_base(base_name, metrics, precise, device), adapter)
     by_adapters = read(model, processor, files, settings)

@@ -851,6 +851,7 @@ metrics = {
     "quantization": model.config.to_dict().get("quantization_config"),
     "versions": {name: version(name) for name in packages + ["unsloth", "unsloth_zoo"] * bool(FastVisionModel)},
 }
+processor.tokenizer.padding_side = "left"  # for whoever reads several images at once: answers follow the questions
 with guard.saving(outputs, "the results") if guard else nullcontext(outputs) as results:
     model.save_pretrained(results / "adapter", state_dict=weights)
     processor.save_pretrained(results / "adapter")

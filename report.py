@@ -440,7 +440,18 @@ On {{ rows }} images that it did not train on:
 {% for key, value in run.items() if key not in ("model", "data") -%}
 | {{ key }} | {{ value }} |
 {% endfor %}
-Ask it as it was trained: the image, and "{{ instruction }}"
+To read an image, asked as in training and prepared by the processor that lies beside the adapters:
+
+```python
+from transformers import pipeline
+
+name = "owner/name"  # of this repository, or its folder
+reader = pipeline("image-text-to-text", name, processor=name, device_map="auto")
+question = {"type": "text", "text": {{ instruction | tojson }}}
+chat = [{"role": "user", "content": [question, {"type": "image", "path": "formula.png"}]}]
+greedily = {"max_new_tokens": 512, "do_sample": False, "repetition_penalty": 1.0}
+print(reader(chat, return_full_text=False, generate_kwargs=greedily)[0]["generated_text"])
+```
 """
 
 

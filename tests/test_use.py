@@ -38,7 +38,10 @@ def hub():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, hub):
-    """A folder with the `outputs/` of a short run that asked for all, on a base stored in 4 bits as the real one is."""
+    """A folder with the `outputs/` of a short run that asked for all, on a base stored in 4 bits as the real one is.
+
+    Its images are of another size, and its batches padded on the other side, than by the base's own processor.
+    """
     place = tmp_path_factory.mktemp("place")
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     nf4.bnb_4bit_compute_dtype = torch.float32
@@ -46,8 +49,10 @@ def place(tmp_path_factory, hub):
         ROOT / "demo/model", quantization_config=nf4, dtype=torch.float32, device_map={"": "cpu"}
     )
     base.save_pretrained(place / "base")
-    AutoProcessor.from_pretrained(ROOT / "demo/model").save_pretrained(place / "base")
-    options = ["--config", "demo/config.yaml", "--max_steps", "80", "--num_test_rows", "64"]
+    processor = AutoProcessor.from_pretrained(ROOT / "demo/model")
+    processor.tokenizer.padding_side = "right"
+    processor.save_pretrained(place / "base")
+    options = ["--config", "demo/config.yaml", "--max_steps", "80", "--num_test_rows", "64", "--min_pixels", "8000"]
     options += ["--model_name_or_path", place / "base", "--output_dir", place / "outputs", "--save_merged", "true"]
     options += ["--push_to_hub", "true", "--hub_model_id", "somebody/latex", "--hub_token", "hf_secret"]
     with pytest.MonkeyPatch.context() as patch:
@@ -82,6 +87,24 @@ def test_the_readme_s_ten_lines_read_a_folder(place, readings):
     assert read.keys() == readings.keys()
     # Other batches than the run's round otherwise, which may tip one reading or two.
     assert sum(read[name] == text for name, text in readings.items()) >= 0.95 * len(readings)
+
+
+def test_the_model_card_s_lines_read_an_image(place, readings):
+    name, text = next(iter(readings.items()))
+    (code,) = re.findall(r"```python\n(.*?)```", (place / "outputs/adapter/README.md").read_text(), re.S)
+    code = code.replace("owner/name", "outputs/adapter").replace("formula.png", f"images/{name}")
+    ended = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.splitlines()[-1] == text
+
+
+@pytest.mark.parametrize("model", ["adapter", "merged"])
+def test_the_benchmark_times_it(place, model):
+    command = [sys.executable, "benchmarks/reading.py", place / "outputs" / model, place / "images", "--tokens", "8"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    result = json.loads(ended.stdout)
+    assert result["images"] == 64 and all(result[f"images_per_s_at_{batch}"] > 0 for batch in (1, 16, 64))
 
 
 @pytest.fixture(scope="module")
