@@ -133,6 +133,39 @@ def read(model, processor, files, settings):
     return texts
 
 
+def add_adapters(model, dtype):
+    """Adds the adapters of a PeftModel to its weights, and returns it without PEFT, its weights of this dtype.
+
+    Layer by layer, 4-bit weights are expanded to 32 bits, the adapters added, and the sum is rounded, once. Expanded to
+    16 bits first, as is usual, a weight lies on a grid from which a small change does not move it: the change is lost.
+    """
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from peft.tuners.lora import LoraLayer
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            base = layer.get_base_layer()
+            if isinstance(base, Linear4bit):
+                if dtype != torch.float32:
+                    base.weight.quant_state.dtype = torch.float32
+                linear = torch.nn.Linear(base.in_features, base.out_features, device="meta")
+                linear.weight, linear.bias = torch.nn.Parameter(dequantize_bnb_weight(base.weight)), base.bias
+                layer.base_layer = base = linear
+            (adapter,) = layer.active_adapters
+            merged = base.weight.data.float() + layer.get_delta_weight(adapter).float()
+            if not merged.isfinite().all():
+                raise ValueError("its adapters hold numbers that are none")
+            base.weight.data = merged.to(dtype)
+    model = model.unload()
+    if any(isinstance(layer, Linear4bit) for layer in model.modules()):
+        model = model.dequantize(dtype=dtype)
+    elif getattr(model, "is_loaded_in_4bit", False):
+        model.hf_quantizer.remove_quantization_config(model)
+    return model.to(dtype)
+
+
 def merge(outputs, metrics, dtype=None):
     """Writes `outputs/merged`: base and adapters as one model with 16-bit weights (or as `dtype` says).
 
@@ -180,17 +213,15 @@ def merge(outputs, metrics, dtype=None):
         try:
             model = load_base(base_name, metrics, precise, place)
             in_4bit = getattr(model, "is_loaded_in_4bit", False)
-            if in_4bit:
-                model = model.dequantize(dtype=precise)
-                # transformers can't undo the unpacking of 4-bit weights, and so would not save them; no need to.
-                steps = [step for step in model._weight_conversions if not unpacks(step)]
-                model._weight_conversions = steps
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).to(stored_in)
+            model = add_adapters(PeftModel.from_pretrained(model, adapter), stored_in)
             break
         except torch.OutOfMemoryError:
             if place == "cpu":
                 raise
             model = None
+    if in_4bit:
+        # transformers can't undo the unpacking of 4-bit weights, and so would not save them; no need to.
+        model._weight_conversions = [step for step in model._weight_conversions if not unpacks(step)]
     # The base's own habits (Qwen's: to sample, and to avoid what it has already written) are not how formulas are read.
     ends = {name: getattr(model.generation_config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     ends = {f"{name}_token_id": value for name, value in ends.items() if value is not None}

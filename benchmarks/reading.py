@@ -2,9 +2,9 @@
 
 usage: python benchmarks/reading.py MODEL IMAGES [--tokens 128]
 
-MODEL is what a run of finetune_qwen_vl.py has left, outputs/adapter or outputs/merged. IMAGES is a folder of PNG files, such
-as outputs/held_out; up to 64 of them are read, one by one the first 4. A model with random weights never ends a reading
-by itself: each is then as long as `--tokens` says.
+MODEL is what a run of finetune_qwen_vl.py has left, outputs/adapter or outputs/merged. IMAGES is a folder of PNG files,
+such as outputs/held_out; up to 64 of them are read, one by one the first 4. A model with random weights never ends a
+reading by itself: each is then as long as `--tokens` says.
 """
 
 import argparse

@@ -16,8 +16,14 @@ import pytest
 import torch
 from conftest import ROOT, SHORT, run
 from hub import Hub
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+sys.path.insert(0, str(ROOT))
+from export import add_adapters, load_base  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 READ, ASK = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -131,11 +137,33 @@ def test_merged_weights_have_16_bits_and_no_trace_of_4(place):
     assert not (place / "outputs" / "merged.part").exists()
 
 
+def test_small_changes_survive_the_rounding_to_16_bits(place):
+    """Changes of a tenth of the distance between neighbouring bfloat16 numbers, as a short training makes them."""
+    metrics = json.loads((place / "outputs/metrics.json").read_text())
+    base = load_base(place / "base", metrics, torch.bfloat16, "cpu")
+    model = PeftModel.from_pretrained(base, place / "outputs/adapter")
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    before, change = {}, {}
+    for name, layer in layers.items():
+        layer.base_layer.weight.quant_state.dtype = torch.float32
+        before[name] = dequantize_bnb_weight(layer.base_layer.weight)
+        layer.base_layer.weight.quant_state.dtype = torch.bfloat16
+        wanted = before[name].square().mean().sqrt() / 2**8 / 10
+        layer.lora_B["default"].weight.data *= wanted / layer.get_delta_weight("default").square().mean().sqrt()
+        change[name] = layer.get_delta_weight("default").detach()
+    assert len(layers) > 20
+    merged = add_adapters(model, torch.bfloat16).state_dict()
+    merged = {name: merged[f"{name.removeprefix('base_model.model.')}.weight"] for name in layers}
+    assert all(weight.dtype == torch.bfloat16 for weight in merged.values())
+    kept = sum(((merged[name].float() - before[name]) * change[name]).sum() for name in layers)
+    assert kept / sum(change[name].square().sum() for name in layers) == pytest.approx(1, abs=0.1)
+
+
 def test_a_merge_that_reads_otherwise_does_not_count(place, tmp_path):
     outputs = shutil.copytree(place / "outputs", tmp_path / "outputs")
     (tmp_path / "sitecustomize.py").write_text(
-        "import peft\n"
-        "peft.PeftModel.merge_and_unload = lambda self, **_: self.unload()\n"  # the base, as some recipes ship it
+        "import peft.tuners.lora as lora\n"  # what is merged is the base, as some recipes ship it
+        "lora.Linear4bit.get_delta_weight = lambda self, _: self.base_layer.weight.new_zeros(())\n"
     )
     before = (outputs / "merged" / "model.safetensors").read_bytes()
     ended = export(outputs, "--save_merged", PYTHONPATH=str(tmp_path))
