@@ -84,8 +84,8 @@ def run(outputs, **wanted):
 
 
 def first_line(error):
-    """What an error says, on one line, without the dot at its end."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """What an error says, on one line, without the dot or the like at its end."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".!")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

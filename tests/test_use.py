@@ -95,6 +95,27 @@ def test_the_readme_s_ten_lines_read_a_folder(place, readings):
     assert sum(read[name] == text for name, text in readings.items()) >= 0.95 * len(readings)
 
 
+def test_the_readme_s_lines_for_unsloth_go_into_these_ten(place, readings, tmp_path):
+    """On a CPU there is no Unsloth: what stands in for it loads the model by transformers, as Unsloth gives it back."""
+    (tmp_path / "unsloth.py").write_text(
+        "class FastVisionModel:\n"
+        "    def from_pretrained(name, load_in_4bit):\n"
+        "        from transformers import AutoModelForImageTextToText, AutoProcessor\n"
+        "        return AutoModelForImageTextToText.from_pretrained(name), AutoProcessor.from_pretrained(name)\n"
+        "    def for_inference(model):\n"
+        "        model.eval()\n"
+    )
+    (unsloth,) = re.findall(r"```py\n(.*?)```", README, re.S)
+    first, _, instead = unsloth.rpartition("\n\n")
+    code, replaced = re.subn(r"^reader = .*pipeline\(.*$", lambda _: instead, f"{first}\n{READ}", flags=re.M)
+    assert replaced == 1
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=place, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    read = dict(line.split("\t") for line in ended.stdout.splitlines() if line.count("\t") == 1)
+    assert sum(read[name] == text for name, text in readings.items()) >= 0.95 * len(readings)
+
+
 def test_the_model_card_s_lines_read_an_image(place, readings):
     name, text = next(iter(readings.items()))
     (code,) = re.findall(r"```python\n(.*?)```", (place / "outputs/adapter/README.md").read_text(), re.S)
