@@ -303,7 +303,8 @@ def main():
     def true_or_false(text):
         return {"true": True, "false": False}[text.lower()]
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s FOLDER [--OPTION VALUE ...]")
+    parser = argparse.ArgumentParser(usage="%(prog)s FOLDER [--OPTION VALUE ...]", allow_abbrev=False)
+    parser.description = __doc__.splitlines()[0]
     parser.add_argument("outputs", type=Path, help="the --output_dir of a run")
     flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
     parser.add_argument("--save_merged", **flag, help="write base and adapters as one model to FOLDER/merged")
