@@ -1,0 +1,39 @@
+"""What has to be so before the large libraries are imported: their environment, their warnings, and who speaks.
+
+Wraps no step. No telemetry, no noise, one voice of several processes, and Ctrl-C that leaves at once and silently.
+"""
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+SETTINGS = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    # Unsloth writes patched copies of its libraries: into the user's cache rather than the working directory.
+    "UNSLOTH_COMPILE_LOCATION": str(Path.home() / ".cache" / "unsloth_compiled"),
+    # On a CPU, threads that spin for long while they wait crawl beside another busy program: 2 samples/s for 26.
+    "GOMP_SPINCOUNT": "3000",
+}
+NOISY = ("torchao", "bitsandbytes", "transformers.trainer_utils", "datasets.load", "datasets.packaged_modules")
+
+
+def prepare():
+    """Sets all this for the process that calls it, once, at its start."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    for library in NOISY:
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "Could not find a config file")  # PEFT would ask the hub for the base model's
+    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator")
+    if "WORLD_SIZE" not in os.environ:  # the trainer would spread a step over all the GPUs it sees
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if int(os.environ.get("RANK", 0)):  # launchers start a process for each GPU, and the first speaks for all
+        sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"  # noqa: SIM115
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        sys.modules["unsloth"] = None  # it can't share a model out: importing it fails, and the script goes without
+    if not hasattr(sys, "ps1") and "IPython" not in sys.modules:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save

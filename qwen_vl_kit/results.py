@@ -1,0 +1,38 @@
+"""What is left of a run beside its scores, and what follows it.
+
+Wraps `save`: metrics.json also says on what machine, with which versions and how fast; then come the report and the
+exports that were asked for.
+"""
+
+import os
+import sys
+from importlib.metadata import version
+
+import torch
+
+from qwen_vl_kit import export, report, run
+
+PACKAGES = ["torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "pillow", "rapidfuzz"]
+
+
+def about(metrics):
+    """`metrics` of the script with what the rooms have noted, the machine, and the versions."""
+    unsloth = ["unsloth", "unsloth_zoo"] if sys.modules.get("unsloth") else []
+    notes = run.notes | {part: metrics[part] | run.notes[part] for part in ("settings", "train")}
+    return (
+        metrics
+        | notes
+        | {
+            "processes": run.options.world_size,
+            "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+            "versions": {name: version(name) for name in PACKAGES + unsloth},
+        }
+    )
+
+
+def save(step, outputs, predictions, metrics):
+    step(outputs, predictions, about(metrics))
+    report.make(outputs)
+    if run.exports:
+        torch.cuda.empty_cache()  # for another process
+        export.run(outputs, **run.exports)

@@ -1,0 +1,213 @@
+"""Rows: what people's files look like, which rows can be used, and images as a person sees them.
+
+Wraps `load_splits` (any file the README names, images decoded with care), `choose_rows` (rows that can't be used are
+named and left out) and `order_rows` (held-out formulas that training images show, too, are counted).
+"""
+
+import hashlib
+import io
+import json
+import random
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from math import isinf
+from pathlib import Path
+
+from datasets import Image, load_dataset
+from datasets.config import DOWNLOADED_DATASETS_PATH
+from huggingface_hub.constants import HF_HUB_CACHE
+from PIL import Image as Pillow
+from PIL import ImageOps
+from tqdm.auto import tqdm
+
+from qwen_vl_kit import run
+from qwen_vl_kit.sentences import fail
+
+FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+warnings.simplefilter("error", Pillow.DecompressionBombWarning)  # from 89 million pixels on
+Pillow.init()
+IMAGE_TYPES = [name for name in Pillow.ID if name != "EPS"]  # that is a program, for Ghostscript to run
+
+
+class Unusable(Exception):
+    """Why a row can't be used, in words."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def image_bytes(image, folder):
+    """The file of `image`, {"bytes": bytes or None, "path": str or None} as `datasets` has it undecoded.
+
+    Paths start in `folder`, and may lead nowhere else, but into the cache of what was downloaded.
+    """
+    if image["bytes"]:
+        return image["bytes"]
+    path = image["path"]
+    if path.startswith('"'):  # as `datasets` has it where other rows of a JSON file hold other things than paths
+        path = json.loads(path)
+    file = (folder / path).resolve()
+    if not any(file.is_relative_to(place) for place in (folder.resolve(), Path(DOWNLOADED_DATASETS_PATH).resolve())):
+        raise Unusable("image outside the data set's folder")
+    if not file.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(file)
+    return file.read_bytes()
+
+
+def open_image(content):
+    """Decodes the bytes of an image file to RGB as a person would see it; raises what Pillow raises if it can't.
+
+    Transparency becomes white paper (else black text on it is black on black), 16 bits a pixel become 8 (else they are
+    clipped to white), and a photo is turned as its EXIF data says.
+    """
+    try:
+        picture = Pillow.open(io.BytesIO(content), formats=IMAGE_TYPES)
+    except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning):
+        raise Unusable("image of too many pixels") from None
+    if max(picture.size) > 200 * min(picture.size):  # Qwen2-VL takes no others
+        raise Unusable("image over 200 times as long as wide")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        picture = picture.point(lambda level: level * (1 / 256)).convert("L")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Pillow.alpha_composite(Pillow.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+@dataclass
+class Picture(Image):
+    """The type of a column of images that are decoded by `open_image`."""
+
+    def decode_example(self, value, token_per_repo_id=None):
+        return open_image(image_bytes(value, run.data_folder))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_splits(step, options):
+    source = Path(options.dataset_name)
+    if source.is_file() and source.suffix not in FILE_TYPES:
+        fail(f"{source} is none of {', '.join(FILE_TYPES)}. Name such a file, a folder, or a hub name.")
+    run.data_folder = source if source.is_dir() else source.parent if source.is_file() else Path(HF_HUB_CACHE)
+    if source.is_file():
+        splits = load_dataset(FILE_TYPES[source.suffix], data_files=str(source))
+    else:
+        splits = load_dataset(options.dataset_name, options.dataset_config)
+    if options.dataset_train_split not in splits:
+        names = [*splits]
+        fail(f"{source} has no split {options.dataset_train_split!r}; --dataset_train_split takes one of {names}.")
+    columns = splits[options.dataset_train_split].column_names
+    for option in ("image_column", "text_column"):
+        if getattr(options, option) not in columns:
+            fail(f"{source} has no column {getattr(options, option)!r}; --{option} takes one of {columns}.")
+    try:
+        return splits.cast_column(options.image_column, Image(decode=False)).cast_column(
+            options.image_column, Picture()
+        )
+    except (TypeError, ValueError, NotImplementedError):
+        fail(f"Column {options.image_column!r} of {source} holds no images; choose another with --image_column.")
+
+
+def tokens_of(picture, text):
+    """How many tokens the sample of a row is, by the model's own processor (without the few of the question)."""
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    asked = run.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    return len(run.processor(text=[asked], images=[[picture]]).input_ids[0])
+
+
+def examine(row, options, held_out):
+    """The image of a row and the digest of its pixels. Raises Unusable with the reason if the row can't be used."""
+    text = row[options.text_column]
+    if not isinstance(text, str | None):
+        raise Unusable("text is not a string")
+    if not (text or "").strip():
+        raise Unusable("no text")
+    if len(text) > run.extra.max_characters:
+        raise Unusable(f"text of more than {run.extra.max_characters:,} characters")
+    special = (token.content for token in run.processor.tokenizer.added_tokens_decoder.values() if token.special)
+    if any(token in text for token in special):
+        raise Unusable("text with special tokens of the model")
+    try:
+        picture = open_image(image_bytes(row[options.image_column], run.data_folder))
+    except Unusable:
+        raise
+    except Exception as error:  # on a broken file Pillow's decoders raise anything
+        raise Unusable("image missing or unreadable") from error
+    if picture.getcolors(1):
+        raise Unusable("image of one color")
+    digest = hashlib.sha256(picture.tobytes()).digest()
+    if digest in held_out:
+        raise Unusable("same image as a held-out row")
+    if options.max_length and tokens_of(picture, text) > options.max_length:
+        raise Unusable(f"more than {options.max_length:,} tokens")
+    return picture, digest
+
+
+def report_skipped(skipped, kind, file):
+    """Prints how many rows were left out, and why; adds them to `file`, a line of JSON each."""
+    reasons = defaultdict(list)
+    for row in skipped:
+        reasons[row["reason"]].append(row["row"])
+    for reason, numbers in reasons.items():
+        named = ", ".join(map(str, sorted(numbers)[:20])) + (", ..." if len(numbers) > 20 else "")
+        print(f"Left out {len(numbers)} {kind} row{'s' * (len(numbers) > 1)} ({reason}): {named}")
+    if run.options.process_index == 0:
+        with open(file, "w" if kind == "held-out" else "a", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in skipped)
+
+
+def choose_rows(step, rows, wanted, held_out, options):
+    """The first call is for held-out rows, the second for those to train on."""
+    rows = rows.cast_column(options.image_column, Image(decode=False))
+    first = run.test_rows is None
+    kind = "held-out" if first else "training"
+    same_split = not first and rows.split == run.test_rows.split
+    total = len(rows) if isinf(wanted) else min(wanted, len(rows))
+    lengths, digests, skipped = {}, set(), []
+    with tqdm(desc=f"Checking {kind} rows", total=total, leave=False) as bar:
+        for number in random.Random(options.seed).sample(range(len(rows)), len(rows)):
+            if len(lengths) >= wanted:
+                break
+            if same_split and number in run.test_numbers:
+                continue
+            row = rows[number]
+            try:
+                picture, digest = examine(row, options, held_out)
+            except Unusable as reason:
+                skipped.append({"row": number, "split": str(rows.split), "reason": str(reason)})
+                continue
+            lengths[number] = picture.width * picture.height / 28**2 + len(row[options.text_column]) / 2
+            digests.add(digest)
+            bar.update()
+    report_skipped(skipped, kind, Path(options.output_dir, "skipped.jsonl"))
+    if first:
+        run.test_rows, run.test_numbers = rows, {*lengths}
+        return lengths, digests
+    run.train_rows, run.lengths = rows, lengths
+    if len(run.test_numbers) < options.num_test_rows or not lengths:
+        fail(
+            f"{options.dataset_name} has too few rows: {len(run.test_numbers)} to hold out (--num_test_rows "
+            f"{options.num_test_rows}) and {len(lengths)} others to train on. Lower --num_test_rows, or add data."
+        )
+    return lengths, digests
+
+
+def order_rows(step, lengths, options):
+    run.order = step(lengths, options)
+
+    def formulas(rows, numbers):
+        return ["".join(text.split()) for text in rows.select([*numbers])[options.text_column]]
+
+    known = {*formulas(run.train_rows, {*run.order})}
+    seen = sum(formula in known for formula in formulas(run.test_rows, run.test_numbers))
+    run.notes["rows_of_seen_formulas"] = seen
+    if seen:
+        print(f"{seen} of the held-out images show formulas that other images in training show, too")
+    return run.order

@@ -1,0 +1,15 @@
+"""What is known of the run at hand, in one place: each room notes here what others need, and where they read it."""
+
+options = None  # the script's Options, as soon as they are read
+extra = None  # options.ExtraOptions: those that only the kit has
+exports = {}  # what export.py is to do at the end
+layouts = []  # [(samples at once, micro-batches per step, whether activations are recomputed), ...], the fastest first
+processor = None
+model = None  # where it is shared out in parts
+data_folder = None  # where relative paths of images start
+test_rows = None  # the data set that held-out rows are taken from, undecoded
+test_numbers = ()  # their numbers in it
+train_rows = None  # the same of the training rows
+lengths = {}  # of the training rows: {number: about tokens}
+order = ()  # the numbers of the training rows, as they follow one another in training
+notes = {}  # what goes into metrics.json beside what the script puts there

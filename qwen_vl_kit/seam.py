@@ -1,0 +1,41 @@
+"""Where the script and the kit meet: the decorator `step`, and which rooms wrap which step.
+
+The script marks a function with `@step`, and a room that wants to wrap it has a function of the same name, whose first
+argument is the step itself: it calls that before, after, between or in place of its own work. Rooms import the large
+libraries, so they are imported when their step is first called, by then after Unsloth, which patches those libraries.
+"""
+
+from functools import partial, wraps
+from importlib import import_module
+
+from qwen_vl_kit import environment
+
+environment.prepare()
+
+# Each step, and the rooms that wrap it, the innermost first.
+STEPS = {
+    "split_batch": ["training", "parallel"],
+    "read_options": ["options"],
+    "load_processor": ["hub"],
+    "load_splits": ["rows", "hub", "parallel"],
+    "choose_rows": ["rows"],
+    "order_rows": ["rows", "training"],
+    "load_model": ["models", "parallel", "memory", "hub"],
+    "measure": ["memory"],
+    "read": ["reading", "parallel"],
+    "make_trainer": ["training"],
+    "save": ["checkpoints", "results", "parallel"],
+}
+
+
+def step(function):
+    """Returns a step of the script, `function`, as the kit's rooms wrap it."""
+
+    @wraps(function)
+    def wrapped(*arguments, **options):
+        inner = function
+        for room in STEPS[function.__name__]:
+            inner = partial(getattr(import_module(f"qwen_vl_kit.{room}"), function.__name__), inner)
+        return inner(*arguments, **options)
+
+    return wrapped

@@ -1,0 +1,288 @@
+"""Training: the fastest split into micro-batches that fits, a clean stop, and no step taken on NaN.
+
+Wraps `split_batch` (which splits there are), `order_rows` (what an epoch is) and `make_trainer`: a trainer that tries
+them and resumes where memory ran out, that finishes its step and saves on Ctrl-C or SIGTERM, and that ends a run before
+it learns from a loss or a gradient that is not finite.
+"""
+
+import gc
+import heapq
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+from trl import SFTTrainer
+
+from qwen_vl_kit import run
+from qwen_vl_kit.checkpoints import WholeCheckpoints, how_to_resume, make_room
+from qwen_vl_kit.memory import TooLarge, is_shortage, must_fit
+from qwen_vl_kit.sentences import fail
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Micro-batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def layouts(batch, size, times, recompute, processes=1):
+    """How an optimizer step can be split: [(samples at once, micro-batches, whether activations are recomputed), ...].
+
+    `batch` are its samples in all processes; `size`, `times` and `recompute` are parts of a layout that the user has
+    set, or None. The fastest come first: keeping the activations of a quarter at once is slower than recomputing those
+    of all, and takes more memory. Raises ValueError with a sentence where there is none.
+    """
+    if batch is None and not (size or times):
+        batch = 8
+    if batch is None:
+        batch = (size or 8) * (times or 1) * processes  # the trainer's own defaults
+    share = batch // processes
+    powers = [2**power for power in range(share.bit_length())]
+    found = [
+        (share // count, count, recomputed)
+        for recomputed, choice in ((False, powers[:2]), (True, powers))
+        for count in ([times] if times else [share // size] if size else choice)
+        if count and share % count == 0 and size in (None, share // count) and recompute in (None, recomputed)
+    ]
+    if batch % processes or not found:
+        asked = {"per_device_train_batch_size": size, "gradient_accumulation_steps": times}
+        asked = "".join(f" as --{name} {value}" for name, value in asked.items() if value)
+        shared = f" over {processes} processes" * (processes > 1)
+        raise ValueError(f"--batch_size {batch} can't be split evenly{shared}{asked}: choose numbers that divide it")
+    return found
+
+
+def apply(layout, options):
+    """Sets the trainer's options to a layout."""
+    options.per_device_train_batch_size, options.gradient_accumulation_steps, options.gradient_checkpointing = layout
+
+
+def split_batch(step, options, free):
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    size, times = options.per_device_train_batch_size, options.gradient_accumulation_steps
+    run.layouts = layouts(options.batch_size, size, times, options.gradient_checkpointing, processes)
+    apply(run.layouts[0], options)
+    options.batch_size = run.layouts[0][0] * run.layouts[0][1] * processes
+
+
+def order_rows(step, lengths, options):
+    steps_of_epoch = math.ceil(len(lengths) / options.batch_size)  # the trainer takes the whole run for one epoch
+    for what in ("eval", "save", "logging"):
+        if getattr(options, f"{what}_strategy") == "epoch":
+            setattr(options, f"{what}_strategy", type(getattr(options, f"{what}_strategy"))("steps"))
+            setattr(options, f"{what}_steps", steps_of_epoch)
+    return step(lengths, options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trainer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LossBar(ProgressCallback):
+    """The trainer's progress bar with the loss in it, instead of a line for every step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+        elif self.training_bar is not None and "eval_loss" in logs:
+            self.training_bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
+
+    def close(self):
+        """Takes the bars off the terminal, so that nothing is drawn below a last sentence."""
+        for bar in (self.training_bar, self.prediction_bar):
+            if bar is not None:
+                bar.close()
+
+
+class Stopper(TrainerCallback):
+    """Has the trainer finish its step, save and stop, when Ctrl-C or SIGTERM asks for it; again, it ends at once."""
+
+    def __init__(self):
+        self.told, self.asked, self.handlers = 0, 0, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.handlers = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, number, frame):
+        self.told = number
+        signal.signal(number, self.handlers[number])
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("\nStopping after this step, to save it. Once more, and it stops at once.", file=sys.stderr)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.asked = self.told  # not one variable: a signal can come while this is exchanged, and must not be lost
+        if args.world_size > 1:  # one may have been told before the others
+            self.asked = max(gather_object([self.asked]))
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def let_go(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+class Rehearsal(TrainerCallback):
+    """Takes the longest samples once before training, to see whether the memory of every process suffices.
+
+    So it runs short at once or not at all. In training, of several processes the others would wait for ever for one
+    that gave up in the middle of a step.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        fits, devices = True, [model.device] * (model.device.type == "cuda")
+        longest = heapq.nlargest(
+            args.train_batch_size, range(len(run.order)), key=lambda at: run.lengths[run.order[at]]
+        )
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        with torch.random.fork_rng(devices):  # training draws what it would have drawn
+            try:
+                adam = torch.empty(2 * trainable, device=model.device)  # noqa: F841 (as much as the optimizer takes)
+                batch = self.trainer.data_collator([self.trainer.train_dataset[at] for at in longest])
+                inputs = {name: value.to(model.device) for name, value in batch.items()}
+                with self.trainer.accelerator.autocast():
+                    loss = model(**inputs).loss
+                loss.backward()
+            except RuntimeError as error:
+                if not is_shortage(error):
+                    raise
+                fits = False
+        model.zero_grad(set_to_none=True)
+        if not all(gather_object([fits])):
+            raise TooLarge("the longest samples don't fit into memory")
+
+
+class Trainer(WholeCheckpoints, SFTTrainer):
+    """TRL's trainer, for runs that are left alone."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.bar = LossBar()
+        if self.pop_callback(ProgressCallback):  # in a notebook it is another one, and there may be none
+            self.add_callback(self.bar)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        outputs = Path(self.args.output_dir)
+        trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        if self.args.should_save:
+            make_room(outputs, 12 * trainable / 1e9, resume_from_checkpoint)  # AdamW has two numbers for each parameter
+        stopper = Stopper()
+        self.add_callback(stopper)
+        if (self.args.world_size > 1 or torch.cuda.is_available()) and not self.is_fsdp_enabled:
+            self.add_callback(Rehearsal(self))
+        try:
+            result = super().train(resume_from_checkpoint, **kwargs)
+        finally:
+            stopper.let_go()
+            self.bar.close()
+        if stopper.asked:
+            print(f"\nStopped after step {self.state.global_step}. {how_to_resume(outputs)}")
+            sys.exit(128 + stopper.asked)
+        return result
+
+    def save_now(self):
+        """Saves a checkpoint between two steps."""
+        self._save_checkpoint(self.model)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.must_be_finite("loss", loss)
+        return loss
+
+    def _get_grad_norm(self, *args, **kwargs):
+        # Private (transformers 5.17): where callbacks are told the norm, the step has been taken.
+        norm = super()._get_grad_norm(*args, **kwargs)
+        # In fp16, the gradients are scaled up as far as they can be: what is too far is tried again with less.
+        scaler = self.accelerator.scaler
+        if scaler is None or scaler.get_scale() < 1:
+            self.must_be_finite("gradient", norm)
+        return norm
+
+    def must_be_finite(self, what, value):
+        """Ends the run, with the numbers of the step's rows, if a loss or a gradient is NaN or infinite."""
+        if not math.isfinite(value):
+            first = self.state.global_step * self.args.batch_size
+            rows = sorted(run.order[first : first + self.args.batch_size])
+            self.bar.close()
+            fail(
+                f"\nThe {what} of step {self.state.global_step + 1} is {float(value)}: nothing was learned from it. "
+                f"Look at its training rows, {rows}, and lower --learning_rate. {how_to_resume(self.args.output_dir)}"
+            )
+
+
+class Attempts:
+    """Trains with the fastest layout that fits into memory; all else is asked of the trainer at work.
+
+    `make` makes a trainer of a class, with the options as they are by then.
+    """
+
+    def __init__(self, make):
+        self.make, self.trainer, self.layouts = make, make(Trainer), run.layouts
+
+    def __getattr__(self, name):
+        return getattr(self.trainer, name)
+
+    def train(self, resume_from_checkpoint=None):
+        started, checkpoint = time.perf_counter(), resume_from_checkpoint
+        state = Path(checkpoint or "", "trainer_state.json")
+        first_step = json.loads(state.read_text(encoding="utf-8"))["global_step"] if checkpoint else 0
+        with must_fit("a training step"):
+            for next_layout in [*self.layouts[1:], None]:
+                result = self.attempt(checkpoint, last=next_layout is None)
+                if result:
+                    break
+                checkpoint = self.start_over(next_layout) or checkpoint
+        self.note(time.perf_counter() - started, first_step)
+        return result
+
+    def attempt(self, checkpoint, last):
+        """What training returns, or None if memory has run out and there is another layout to try."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            return self.trainer.train(resume_from_checkpoint=checkpoint)
+        except RuntimeError as error:
+            # Of several processes, only those that have rehearsed together can give up together.
+            together = self.trainer.args.world_size == 1 or isinstance(error, TooLarge)
+            if last or not together or not is_shortage(error):
+                raise
+
+    def start_over(self, layout):
+        """Makes a trainer for another layout. Returns the checkpoint to resume from, if a step has been taken."""
+        print("\nNot enough memory for that; trying the next fastest way:")
+        old, checkpoint = self.trainer, None
+        old.model.zero_grad(set_to_none=True)
+        if old.state.global_step:
+            old.save_now()
+            checkpoint = str(Path(old.args.output_dir, f"checkpoint-{old.state.global_step}"))
+        apply(layout, old.args)
+        self.trainer = old = None  # what it holds is needed by the next one
+        gc.collect()
+        self.trainer = self.make(Trainer)
+        return checkpoint
+
+    def note(self, seconds, first_step):
+        """Keeps and prints the time that training took (s), and the memory (GB, of the GPU that needed most)."""
+        batch, state = self.args.batch_size, self.state
+        speed = (state.global_step - first_step) * batch / seconds
+        numbers = {"train_runtime": seconds, "train_samples_per_second": speed, "samples": state.global_step * batch}
+        memory = ""
+        if torch.cuda.is_available():
+            numbers["peak_memory_gb"] = max(gather_object([torch.cuda.max_memory_reserved() / 1e9]))
+            memory = f", {numbers['peak_memory_gb']:.1f} GB of GPU memory at most"
+        run.notes["train"] = numbers
+        print(f"Trained in {seconds:.0f} s, {speed:.1f} samples/s{memory}.")
+
+
+def make_trainer(step):
+    return Attempts(step)
