@@ -152,8 +152,8 @@ def read_options(options_class, arguments):
 in_notebook = "get_ipython" in globals()
 options = read_options(Options, NOTEBOOK_OPTIONS.split() if in_notebook else sys.argv[1:])
 if "7B" in options.model_name_or_path and not (torch.cuda.is_available() or Path(options.model_name_or_path).exists()):
-    demo = "to see everything work without one: python finetune_qwen_vl.py --config demo/config.yaml"
-    sys.exit(f"{options.model_name_or_path} needs an NVIDIA GPU with 10 GB of free memory; {demo}")
+    needs = f"{options.model_name_or_path} needs an NVIDIA GPU with 10 GB of free memory, and there is none here."
+    sys.exit(f"{needs} To see everything work on this machine: python finetune_qwen_vl.py --config demo/config.yaml")
 outputs = Path(options.output_dir)
 outputs.mkdir(parents=True, exist_ok=True)
 dtype = torch.bfloat16 if options.bf16 else torch.float16 if options.fp16 else torch.float32
@@ -190,7 +190,7 @@ end_of_turn = processor.apply_chat_template([question, answer], tokenize=False).
 # %%
 @step
 def load_splits(options):
-    """The splits of the data set, by name, their images in color."""
+    """The splits of the data set, by name, their images as RGB."""
     splits = load_dataset(options.dataset_name, options.dataset_config)
     return splits.cast_column(options.image_column, Image(mode="RGB"))
 
@@ -201,7 +201,7 @@ def choose_rows(rows, wanted, held_out, options):
     lengths, digests = {}, set()
     for number in random.Random(options.seed).sample(range(len(rows)), len(rows)):
         if len(lengths) < wanted:
-            image, text = (rows[number][column] for column in (options.image_column, options.text_column))
+            image, text = map(rows[number].get, (options.image_column, options.text_column))
             digest = hash(image.tobytes())
             if digest not in held_out:
                 lengths[number] = image.width * image.height / 28**2 + len(text) / 2
@@ -211,15 +211,16 @@ def choose_rows(rows, wanted, held_out, options):
 
 @step
 def order_rows(lengths, options):
-    """The rows of all steps, one after another. Those of one step are of like length: little of it is padding."""
-    chance, rows, order, pool = random.Random(options.seed), [*lengths], [], 16 * options.batch_size
-    while len(order) < options.max_steps * options.batch_size:  # in pools of 16: more steps change no earlier one
-        while len(rows) < len(order) + pool:  # another epoch, in another order
-            rows += chance.sample([*lengths], len(lengths))
-        like = sorted(rows[len(order) : len(order) + pool], key=lengths.get)
-        batches = [like[start : start + options.batch_size] for start in range(0, pool, options.batch_size)]
-        order += [row for batch in chance.sample(batches, 16) for row in batch]
-    return order[: options.max_steps * options.batch_size]
+    """The rows of all steps, one after another. Those of a step are of like length, so that little of it is padding."""
+    chance, rows, order, size = random.Random(options.seed), [*lengths], [], options.batch_size
+    while len(order) < options.max_steps * size:
+        rows = (rows * (size // len(rows) + 2))[: ceil(len(rows) / size) * size]  # full steps, the last has rows twice
+        for start in range(0, len(rows), 16 * size):  # 16 steps by 16: asking for more steps changes no earlier one
+            like = sorted(rows[start : start + 16 * size], key=lengths.get)
+            batches = [like[first : first + size] for first in range(0, len(like), size)]
+            order += [row for batch in chance.sample(batches, len(batches)) for row in batch]
+        rows = chance.sample([*lengths], len(lengths))
+    return order[: options.max_steps * size]
 
 
 splits = load_splits(options)
@@ -229,7 +230,7 @@ test_lengths, held_out = choose_rows(test_rows, options.num_test_rows, set(), op
 wanted = inf if options.num_train_epochs else (options.max_steps + 16) * options.batch_size  # 16: see order_rows
 train_lengths, _ = choose_rows(train_rows, wanted, held_out, options)
 if options.num_train_epochs:
-    options.max_steps = ceil(options.num_train_epochs * len(train_lengths) / options.batch_size)
+    options.max_steps = ceil(options.num_train_epochs * ceil(len(train_lengths) / options.batch_size))
 order = order_rows(train_lengths, options)
 print(f"{options.dataset_name}: {len({*order}):,} rows to train on, {len(test_lengths):,} others held out")
 
@@ -352,8 +353,8 @@ readings_before, before = measure("Before")
 def make_trainer(Trainer=SFTTrainer):
     """A trainer for the model, with the options as they are now."""
     size, times = options.per_device_train_batch_size, options.gradient_accumulation_steps
-    kept = "recomputed" if options.gradient_checkpointing else "kept"
-    print(f"Training {options.max_steps} steps of {size} x {times} samples, activations {kept}")
+    how = f"{size} x {times} per device, activations {'recomputed' if options.gradient_checkpointing else 'kept'}"
+    print(f"Training {options.max_steps} steps of {options.batch_size} samples ({how})")
     FastVisionModel.for_training(model, options.gradient_checkpointing) if FastVisionModel else model.train()
     adapters = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     data = {"train_dataset": train_set, "eval_dataset": None if options.eval_strategy == "no" else test_set}
@@ -369,8 +370,7 @@ trainer.train(resume_from_checkpoint=True if checkpoint == "true" else checkpoin
 
 # %% [markdown]
 # ## After
-# The same image and the same scores again: only what was held out can tell whether the model has learned to read. Then
-# all is saved: adapters and processor, for PEFT and Unsloth to load, held-out images and their readings, all numbers.
+# The same again: only what was held out can tell whether the model has learned to read. Then everything is saved.
 
 
 # %%

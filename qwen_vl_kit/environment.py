@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -35,5 +36,5 @@ def prepare():
         sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"  # noqa: SIM115
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         sys.modules["unsloth"] = None  # it can't share a model out: importing it fails, and the script goes without
-    if not hasattr(sys, "ps1") and "IPython" not in sys.modules:
+    if "IPython" not in sys.modules and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save

@@ -17,7 +17,9 @@ class TooLarge(RuntimeError):
 
 def is_shortage(error):
     """Whether an exception says that memory has run out, on whatever device."""
-    return isinstance(error, (torch.OutOfMemoryError, TooLarge)) or should_reduce_batch_size(error)
+    if isinstance(error, (torch.OutOfMemoryError, TooLarge)) or should_reduce_batch_size(error):
+        return True
+    return "CUDA error: out of memory" in str(error)  # the driver's own words, which PyTorch has no class for
 
 
 @contextmanager
@@ -35,6 +37,13 @@ def must_fit(task):
             "run. Close what else uses the GPU, leave micro-batches and gradient checkpointing to the script, or take "
             "a smaller model, such as --model_name_or_path unsloth/Qwen2-VL-2B-Instruct-bnb-4bit"
         )
+
+
+def leave_gpu(model):
+    """Moves a model's weights to the main memory, for another process that needs the GPU's."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.cpu()
+    torch.cuda.empty_cache()
 
 
 def load_model(step, *arguments, **options):

@@ -31,6 +31,7 @@ def load_model(step, options, *arguments, **more):
     # Where PyTorch prefers cuDNN's attention (Hopper), it plans anew for every new size of an image or a text.
     torch.backends.cuda.enable_cudnn_sdp(False)
     model = step(options, *arguments, **more)
+    run.model = model
     run.notes["quantization"] = model.config.to_dict().get("quantization_config")
     if sys.modules.get("unsloth") and not options.lora_dropout:
         for layer in model.modules():

@@ -46,17 +46,24 @@ def comments(settings_class):
     return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
 
 
+def help_of(classes):
+    """The same for all fields of these classes and their ancestors, but for the trainer's, which bring their own."""
+    found = {}
+    for ancestor in (ancestor for owner in classes for ancestor in reversed(owner.__mro__)):
+        if ancestor.__module__.split(".")[0] not in ("trl", "transformers", "unsloth"):
+            found |= comments(ancestor)
+    return found
+
+
 class Parser(TrlParser):
     """TRL's parser with our defaults and help; numbers in a config file are checked like those of the command line."""
 
     def __init__(self, classes):
         usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
         super().__init__(classes, usage=usage, allow_abbrev=False)
-        help_of = {}
-        for settings_class in {ancestor: None for owner in classes for ancestor in reversed(owner.__mro__)}:
-            help_of |= comments(settings_class) if settings_class.__module__ in ("__main__", __name__) else {}
+        ours = help_of(classes)
         for action in self._actions:
-            action.help = help_of.get(action.dest, action.help).replace(" %", " %%")
+            action.help = ours.get(action.dest, action.help or "").replace(" %", " %%")
         self.set_defaults(**DEFAULTS)
 
     def set_defaults_with_config(self, **config):
@@ -113,6 +120,8 @@ def read_options(step, options_class, arguments):
             f"there is no checkpoint {checkpoint} to resume from: start anew, without --resume_from_checkpoint"
         )
     checkpoints.check(outputs, checkpoint, 0 if options.num_train_epochs else options.max_steps, parser.error)
-    run.options, run.extra, run.exports = options, extra, export.prepare(options, extra)
-    run.notes["settings"] = {field.name: getattr(extra, field.name) for field in fields(extra)}
+    run.options, run.extra = options, extra
+    if options.process_index == 0:
+        run.exports = export.prepare(options, extra)
+    run.notes = {"settings": {field.name: getattr(extra, field.name) for field in fields(extra)}}
     return options

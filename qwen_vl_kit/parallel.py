@@ -41,7 +41,6 @@ def load_model(step, options, dtype, device):
     register_fsdp_forward_method(model, "generate")
     model.set_reshard_after_forward(True)  # none of what was sent for reading stays
     model.generate = partial(model.generate, synced_gpus=True)
-    run.model = model
     return model
 
 

@@ -1,7 +1,6 @@
 """What is left of a run beside its scores, and what follows it.
 
-Wraps `save`: metrics.json also says on what machine, with which versions and how fast; then come the report and the
-exports that were asked for.
+Wraps `save`: metrics.json also says on what machine, with which versions and options of the kit, and how fast.
 """
 
 import os
@@ -10,7 +9,7 @@ from importlib.metadata import version
 
 import torch
 
-from qwen_vl_kit import export, report, run
+from qwen_vl_kit import run
 
 PACKAGES = ["torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "pillow", "rapidfuzz"]
 
@@ -32,7 +31,3 @@ def about(metrics):
 
 def save(step, outputs, predictions, metrics):
     step(outputs, predictions, about(metrics))
-    report.make(outputs)
-    if run.exports:
-        torch.cuda.empty_cache()  # for another process
-        export.run(outputs, **run.exports)

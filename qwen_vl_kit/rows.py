@@ -116,10 +116,11 @@ def load_splits(step, options):
 
 
 def tokens_of(picture, text):
-    """How many tokens the sample of a row is, by the model's own processor (without the few of the question)."""
-    content = [{"type": "image"}, {"type": "text", "text": text}]
-    asked = run.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-    return len(run.processor(text=[asked], images=[[picture]]).input_ids[0])
+    """How many tokens the sample of a row is, from the question to the end of the answer."""
+    question = [{"type": "text", "text": run.options.instruction}, {"type": "image"}]
+    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
+    sample = run.processor.apply_chat_template(chat, tokenize=False).strip()
+    return len(run.processor(text=[sample], images=[[picture]], add_special_tokens=False).input_ids[0])
 
 
 def examine(row, options, held_out):
@@ -166,7 +167,7 @@ def report_skipped(skipped, kind, file):
 def choose_rows(step, rows, wanted, held_out, options):
     """The first call is for held-out rows, the second for those to train on."""
     rows = rows.cast_column(options.image_column, Image(decode=False))
-    first = run.test_rows is None
+    first = not held_out
     kind = "held-out" if first else "training"
     same_split = not first and rows.split == run.test_rows.split
     total = len(rows) if isinf(wanted) else min(wanted, len(rows))
@@ -189,12 +190,13 @@ def choose_rows(step, rows, wanted, held_out, options):
     report_skipped(skipped, kind, Path(options.output_dir, "skipped.jsonl"))
     if first:
         run.test_rows, run.test_numbers = rows, {*lengths}
-        return lengths, digests
-    run.train_rows, run.lengths = rows, lengths
+    else:
+        run.train_rows, run.lengths = rows, lengths
     if len(run.test_numbers) < options.num_test_rows or not lengths:
+        others = "" if first else f" and {len(lengths)} others to train on"
         fail(
             f"{options.dataset_name} has too few rows: {len(run.test_numbers)} to hold out (--num_test_rows "
-            f"{options.num_test_rows}) and {len(lengths)} others to train on. Lower --num_test_rows, or add data."
+            f"{options.num_test_rows}){others}. Lower --num_test_rows, or add data."
         )
     return lengths, digests
 

@@ -226,7 +226,7 @@ class Attempts:
     """
 
     def __init__(self, make):
-        self.make, self.trainer, self.layouts = make, make(Trainer), run.layouts
+        self.make, self.trainer = make, make(Trainer)
 
     def __getattr__(self, name):
         return getattr(self.trainer, name)
@@ -236,11 +236,9 @@ class Attempts:
         state = Path(checkpoint or "", "trainer_state.json")
         first_step = json.loads(state.read_text(encoding="utf-8"))["global_step"] if checkpoint else 0
         with must_fit("a training step"):
-            for next_layout in [*self.layouts[1:], None]:
-                result = self.attempt(checkpoint, last=next_layout is None)
-                if result:
-                    break
-                checkpoint = self.start_over(next_layout) or checkpoint
+            while not (result := self.attempt(checkpoint, last=len(run.layouts) == 1)):
+                run.layouts = run.layouts[1:]
+                checkpoint = self.start_over(run.layouts[0]) or checkpoint
         self.note(time.perf_counter() - started, first_step)
         return result
 

@@ -1,0 +1,33 @@
+"""`python -m qwen_vl_kit`, or `qwen-vl-kit` where it is installed: what comes after a run, one command for each room.
+
+A command is a module of this package with a function `main(arguments, prog)`; a line in COMMANDS is all it takes. It is
+imported only when it is asked for.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+COMMANDS = {
+    "report": "make the page, the scores and the model card of a run",
+    "export": "merge the adapter into its base model, convert it to GGUF, push it to the hub",
+}
+
+
+def main():
+    prog = "qwen-vl-kit" if Path(sys.argv[0]).stem == "qwen-vl-kit" else f"python -m {__package__}"
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in ("--help", "-h"):
+        print(f"usage: {prog} COMMAND FOLDER [--OPTION VALUE ...]\n")
+        for name, what in COMMANDS.items():
+            print(f"  {name:<8} {what}")
+        print(f"\n{prog} COMMAND --help lists the options of one.")
+    elif command not in COMMANDS:
+        print(f"{prog}: there is no command {command!r}; it takes one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        sys.exit(2)
+    else:
+        import_module(f"{__package__}.{command}").main(arguments, f"{prog} {command}")
+
+
+if __name__ == "__main__":
+    main()

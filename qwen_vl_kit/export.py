@@ -1,0 +1,510 @@
+"""Takes what a run has learned to where it is used: merged weights, GGUF files, the hub.
+
+    python -m qwen_vl_kit export outputs --save_merged                            # outputs/merged, without PEFT
+    python -m qwen_vl_kit export outputs --save_gguf q8_0                         # outputs/merged_gguf, for llama.cpp
+    python -m qwen_vl_kit export outputs --push_to_hub --hub_model_id owner/name  # the adapter, on the hub
+
+Wraps `save`: when that has written the adapter, this does what the options of the same names ask for, in a process of
+its own. There the memory is free again, and transformers is as everybody has it (Unsloth changes it). What can't be
+done is said before training starts, by `prepare`.
+"""
+
+import argparse
+import gc
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+from qwen_vl_kit import run as this_run
+from qwen_vl_kit.finished import adapter_of, metrics_of, not_finished, predictions_of
+from qwen_vl_kit.sentences import first_line
+
+# What Unsloth offers beside these is for other kinds of models, or needs an importance matrix.
+GGUF_TYPES = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
+ROWS = 32  # held-out images that a merged model has to read as the adapter does
+# How many of them, at least. Rounding to 16 bits can tip the balance between two tokens that are nearly as likely.
+SHARE = {"float32": 1.0, "bfloat16": 0.95, "float16": 0.95}
+# All that an adapter and its processor consist of. Whatever else lies in the folder is not pushed.
+SHARED = ["README.md", "adapter_config.json", "adapter_model.safetensors", "*token*.json", "*processor_config.json"]
+SHARED += ["chat_template.j*", "vocab.json", "merges.txt"]
+# How the script quantizes a base model that is not stored in 4 bits, where a run has not written it down.
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+def prepare(options, extra):
+    """What a run wants done at its end, as arguments of `run`, once it is clear that it can be done.
+
+    `options` are the trainer's arguments (push_to_hub, hub_model_id, hub_private_repo), `extra` has save_merged and
+    save_gguf. Ends the program with a sentence if something can't be done.
+    """
+    wanted = {"save_merged": extra.save_merged, "save_gguf": extra.save_gguf}
+    if options.push_to_hub:
+        wanted |= {name: getattr(options, name) for name in ("push_to_hub", "hub_model_id", "hub_private_repo")}
+    wanted = {name: value for name, value in wanted.items() if value}
+    check(**wanted)
+    return wanted
+
+
+def check(save_gguf=None, push_to_hub=False, hub_model_id=None, hub_private_repo=None, **_):
+    """Ends the program with a sentence if what is asked for can't be done here. Makes the repository for a push."""
+    if save_gguf:
+        check_gguf(save_gguf)
+    if push_to_hub and not hub_model_id:
+        sys.exit("--push_to_hub needs a name on the hub: --hub_model_id owner/name")
+    if push_to_hub:
+        make_repository(hub_model_id, hub_private_repo)
+
+
+def check_gguf(kind):
+    import torch
+
+    if kind not in GGUF_TYPES:
+        sys.exit(f"--save_gguf takes one of {', '.join(GGUF_TYPES)}, not {kind!r}.")
+    if not (torch.cuda.is_available() and find_spec("unsloth")):
+        sys.exit(
+            "--save_gguf is done by Unsloth, which needs an NVIDIA GPU: there is none here. Without one, take "
+            "--save_merged true, and give its folder to llama.cpp's convert_hf_to_gguf.py."
+        )
+
+
+def make_repository(name, private):
+    from httpx import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    try:
+        HfApi().create_repo(name, private=private, exist_ok=True)
+    except HFValidationError as error:
+        sys.exit(f"The hub takes no such name as {name!r}: {first_line(error)}")
+    except LocalTokenNotFoundError:
+        sys.exit("You are not logged in to the hub: hf auth login, with a token that may write, or set HF_TOKEN.")
+    except (HfHubHTTPError, HTTPError, OSError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        what = "Log in with a token that may write there: hf auth login" if status in (401, 403) else "Try again"
+        sys.exit(f"The hub does not let this run push to {name}: {first_line(error)}. {what}.")
+
+
+def save(step, outputs, predictions, metrics):
+    step(outputs, predictions, metrics)
+    if this_run.exports:
+        from qwen_vl_kit.memory import leave_gpu
+
+        leave_gpu(this_run.model)
+        run(outputs, **this_run.exports)
+
+
+def run(outputs, **wanted):
+    """Does what `wanted` asks for in a process of its own, options as in `main`; ends the program if that fails."""
+    command = [sys.executable, "-m", __package__, "export", str(outputs)]
+    command += [word for name, value in wanted.items() if value for word in (f"--{name}", str(value))]
+    # The package need not be installed, nor lie in the working directory.
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
+    sys.stdout.flush()
+    code = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}).returncode
+    if code:
+        sys.exit(code)
+
+
+@contextmanager
+def told(what, *errors):
+    """Ends the program with a sentence, `what` and why, for errors of these kinds. All others keep their traceback."""
+    try:
+        yield
+    except errors as error:
+        sys.exit(f"{what}: {first_line(error)}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One model out of base and adapter
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def merge(outputs, metrics, dtype=None):
+    """Writes `outputs/merged`: base and adapter as one model with 16-bit weights (or as `dtype` says).
+
+    The adapter was trained beside the 4-bit weights, so these, dequantized, are what it is added to: the original that
+    was once rounded to 4 bits is another model, on which it reads otherwise (docs/use.md). The folder only counts once
+    it reads held-out images, loaded afresh, as the adapter does; until then it is called `merged.part`.
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in the run: it plans anew for every size of an image or a text
+    base, files, processor = sources(outputs)
+    reader = partial(read, processor=processor, files=files, settings=metrics["settings"])
+    computed, stored = precisions(metrics["settings"], dtype)
+    load = partial(load_with_adapter, base, outputs / "adapter", metrics, computed)
+    by_adapter, base_agrees = read_unmerged(load, reader)
+    name = str(stored).removeprefix("torch.")
+    if base_agrees >= SHARE[name] * len(files):  # the base would pass for the merged model
+        sys.exit(
+            f"Not merged, as nothing could show that it worked: the base alone reads {base_agrees} of {len(files)} "
+            "held-out images as the adapter does. Train for longer."
+        )
+    kind = save_merged(load, stored, processor, outputs / "merged.part")
+    agrees = agreement(by_adapter, read_merged(outputs / "merged.part", reader))
+    said = f"it reads {agrees} of {len(files)} held-out images as the adapter does, the base alone {base_agrees}"
+    if agrees < SHARE[name] * len(files):
+        instead = f"If only the rounding to {name} is to blame, this helps: {command_for(outputs)} --dtype float32"
+        sys.exit(
+            f"Not merged: {said}; {SHARE[name]:.0%} are needed. What was made is in {outputs / 'merged.part'}, not to "
+            "be used." + f" {instead}" * (name != "float32")
+        )
+    shutil.rmtree(outputs / "merged", ignore_errors=True)
+    (outputs / "merged.part").replace(outputs / "merged")
+    print(f"Merged into {outputs / 'merged'}, in {name} ({base}, {kind}): {said}.")
+
+
+def command_for(outputs):
+    return f"python -m {__package__} export {outputs} --save_merged"
+
+
+def sources(outputs):
+    """What a merge starts from: the base model's name, the held-out images to check it by, the processor."""
+    from transformers import AutoProcessor
+
+    base = base_of(outputs)
+    files = [outputs / row["image"] for row in predictions_of(outputs)[:ROWS]]
+    for file in files:
+        if not file.is_file():
+            not_finished(outputs, file)
+    with told(f"The processor in {outputs / 'adapter'} is damaged", OSError, ValueError):
+        return base, files, AutoProcessor.from_pretrained(outputs / "adapter")
+
+
+def base_of(outputs):
+    """The base model that the adapter names, a hub name or a folder. Ends the program if it is not at hand.
+
+    A relative path is looked for where the run was started from, if that is this folder or one above the run's own.
+    """
+    from transformers import AutoConfig
+
+    name = adapter_of(outputs)["base_model_name_or_path"]
+    places = [Path(), *outputs.resolve().parents]
+    base = next((str(at / name) for at in places if (at / name / "config.json").is_file()), name)
+    if Path(name).is_absolute() and not Path(name).exists():
+        sys.exit(f"The base model {name} of this adapter is not at hand: there is no such folder. Was it moved?")
+    tried = "" if Path(base).exists() else f" (no such folder in {Path.cwd()}, nor in one above {outputs})"
+    with told(f"The base model {name!r} of this adapter is not at hand{tried}", OSError, ValueError):
+        AutoConfig.from_pretrained(base)
+    return base
+
+
+def precisions(settings, dtype):
+    """What is computed in, as in training, and what the merged weights are stored in."""
+    import torch
+
+    trained = torch.bfloat16 if settings["bf16"] else torch.float16 if settings["fp16"] else torch.float32
+    stored = getattr(torch, dtype) if dtype else torch.float16 if trained == torch.float32 else trained
+    return torch.float32 if torch.float32 in (trained, stored) else trained, stored
+
+
+def load_base(name, metrics, dtype, device):
+    """The base model as the run had it: in 4 bits if it was trained on in 4 bits."""
+    from bitsandbytes.nn import Linear4bit
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+
+    how = {"dtype": dtype, "device_map": {"": device}}
+    if metrics["settings"]["load_in_4bit"] and not hasattr(AutoConfig.from_pretrained(name), "quantization_config"):
+        how["quantization_config"] = BitsAndBytesConfig(
+            **metrics.get("quantization") or NF4 | {"bnb_4bit_compute_dtype": dtype}
+        )
+    with told(f"The base model {name} can't be loaded", OSError, SafetensorError):
+        model = AutoModelForImageTextToText.from_pretrained(name, **how)
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):  # else some CPUs compute in bfloat16, whatever `dtype` says
+            layer.support_avx512bf16_for_cpu = False
+    return model
+
+
+def load_with_adapter(base, adapter, metrics, dtype, device):
+    """The model as it was trained. Ends the program if the adapter was not made for this base."""
+    from peft import PeftModel
+
+    model = load_base(base, metrics, dtype, device)
+    try:
+        return PeftModel.from_pretrained(model, adapter)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[-1].strip().rstrip(".")  # PyTorch's first line names the class alone
+        sys.exit(f"The adapter in {adapter} does not fit the base model {base}: {reason}.")
+
+
+def read(model, processor, files, settings):
+    """Reads images greedily, eight at a time, as the run's scores were taken. Returns their texts."""
+    from PIL import Image
+
+    content = [{"type": "text", "text": settings["instruction"]}, {"type": "image"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    texts = []
+    model.eval()
+    for start in range(0, len(files), 8):
+        images = [[Image.open(file)] for file in files[start : start + 8]]
+        inputs = processor(
+            text=[prompt] * len(images),
+            images=images,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+            return_tensors="pt",
+        ).to(model.device, model.dtype)
+        tokens = model.generate(
+            **inputs, max_new_tokens=settings["max_new_tokens"], do_sample=False, repetition_penalty=1.0
+        )
+        texts += processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def agreement(texts, others):
+    return sum(one == other for one, other in zip(texts, others, strict=True))
+
+
+def read_unmerged(load, reader):
+    """What is read with the adapter, and how much of it the base alone reads alike."""
+    import torch
+
+    model = load(0 if torch.cuda.is_available() else "cpu")
+    texts = reader(model)
+    with model.disable_adapter():
+        return texts, agreement(texts, reader(model))
+
+
+def read_merged(folder, reader):
+    from transformers import AutoModelForImageTextToText
+
+    free_memory()
+    return reader(AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", device_map="auto"))
+
+
+def save_merged(load, dtype, processor, part):
+    """Writes the merged model and its processor to the folder `part`. Returns what its base was, in words."""
+    from safetensors import SafetensorError
+
+    model, was_in_4bit = merged_model(load, dtype)
+    model.generation_config = greedy(model.generation_config)
+    shutil.rmtree(part, ignore_errors=True)
+    free = shutil.disk_usage(part.parent).free / 1e9
+    with told(f"Could not write {part}, with {free:.1f} GB free", OSError, SafetensorError):
+        model.save_pretrained(part)
+        processor.save_pretrained(part)
+    return "its 4-bit weights dequantized" if was_in_4bit else "as it is"
+
+
+def merged_model(load, dtype):
+    """Base and adapter as one model, and whether the base was in 4 bits; on the CPU if the GPU has not enough memory.
+
+    In 16 bits a model can be too large for the GPU that it was trained on.
+    """
+    import torch
+
+    for device in (0, "cpu") if torch.cuda.is_available() else ("cpu",):
+        free_memory()  # of what was loaded before, and of what failed
+        try:
+            model = load(device)
+            was_in_4bit = getattr(model.get_base_model(), "is_loaded_in_4bit", False)
+            return never_quantized(add_adapters(model, dtype)), was_in_4bit
+        except torch.OutOfMemoryError:
+            if device == "cpu":
+                raise
+            model = None
+
+
+def add_adapters(model, dtype):
+    """Adds the adapters of a PeftModel to its weights, and returns it without PEFT, its weights of this dtype.
+
+    Layer by layer, 4-bit weights are expanded to 32 bits, the adapters added, and the sum is rounded, once. Expanded to
+    16 bits first, as is usual, a weight lies on a grid from which a small change does not move it: the change is lost.
+    """
+    from bitsandbytes.nn import Linear4bit
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.base_layer = in_32_bits(layer.get_base_layer(), dtype)
+            (adapter,) = layer.active_adapters
+            merged = layer.base_layer.weight.data.float() + layer.get_delta_weight(adapter).float()
+            if not merged.isfinite().all():
+                raise FloatingPointError("the adapter has NaN or infinite weights")
+            layer.base_layer.weight.data = merged.to(dtype)
+    model = model.unload()
+    if any(isinstance(layer, Linear4bit) for layer in model.modules()):
+        model = model.dequantize(dtype=dtype)
+    elif getattr(model, "is_loaded_in_4bit", False):
+        model.hf_quantizer.remove_quantization_config(model)
+    return model.to(dtype)
+
+
+def in_32_bits(layer, dtype):
+    """A linear layer whose 4-bit weights are expanded; any other is returned as it is."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    if not isinstance(layer, Linear4bit):
+        return layer
+    if dtype != torch.float32:
+        layer.weight.quant_state.dtype = torch.float32
+    linear = torch.nn.Linear(layer.in_features, layer.out_features, device="meta")
+    linear.weight, linear.bias = torch.nn.Parameter(dequantize_bnb_weight(layer.weight)), layer.bias
+    return linear
+
+
+def never_quantized(model):
+    """The same weights in a model that is built from the config: it is saved under the base's own names.
+
+    A model that was loaded in 4 bits remembers how its weights were unpacked, and can't be saved: transformers would
+    undo that, and can't (5.17, `NotImplementedError` from `Bnb4bitDeserialize.reverse_op`).
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        built = AutoModelForImageTextToText.from_config(model.config)
+    built.load_state_dict(model.state_dict(), assign=True)
+    built.generation_config = model.generation_config
+    return built
+
+
+def greedy(base):
+    """How formulas are read, instead of the base's own habits (Qwen's: sampling, and a penalty on repetition)."""
+    from transformers import GenerationConfig
+
+    ends = {name: getattr(base, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    given = {name: value for name, value in ends.items() if value is not None}
+    return GenerationConfig(do_sample=False, max_new_tokens=1024, **given)
+
+
+def free_memory():
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GGUF, and the hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_gguf(merged, kind):
+    """Lets Unsloth turn the folder `merged` into GGUF files, in `merged_gguf` beside it."""
+    from unsloth import FastVisionModel
+
+    try:
+        model, processor = FastVisionModel.from_pretrained(str(merged), load_in_4bit=False)
+        model.save_pretrained_gguf(str(merged), processor, quantization_method=kind)
+    except (OSError, RuntimeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
+        sys.exit(
+            f"Unsloth could not make a GGUF file: {first_line(error)}. It needs llama.cpp, which it downloads or "
+            f"builds (network, git, cmake, a compiler), or finds where UNSLOTH_LLAMA_CPP_PATH says. {merged} is whole."
+        )
+    print(f"The GGUF files are in {merged}_gguf.")
+
+
+def merged_before(outputs):
+    """Whether `outputs/merged` was made of the adapter that lies beside it now."""
+    merged = outputs / "merged"
+    return merged.is_dir() and merged.stat().st_mtime > (outputs / "adapter/adapter_model.safetensors").stat().st_mtime
+
+
+def push(outputs, metrics, name):
+    """Uploads the adapter, its processor and its model card, and nothing else, to the repository `name`."""
+    from httpx import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    base = adapter_of(outputs)["base_model_name_or_path"]
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(outputs / "adapter", folder, dirs_exist_ok=True)
+        hide_paths(Path(folder), (base, metrics["settings"]["dataset_name"]))
+        try:
+            commit = HfApi().upload_folder(
+                repo_id=name, folder_path=folder, allow_patterns=SHARED, commit_message="LoRA adapters for LaTeX OCR"
+            )
+        except (HfHubHTTPError, HTTPError, OSError) as error:
+            sys.exit(f"Could not push to {name}: {first_line(error)}. {outputs / 'adapter'} is whole; try again.")
+    print(f"Pushed to {commit.repo_url}")
+
+
+def hide_paths(folder, names):
+    """Replaces those of `names` that are paths on this machine by their last part, in all texts of `folder`."""
+    paths = [Path(name) for name in names]
+    paths = [path for path in paths if path.name and (path.is_absolute() or ".." in path.parts)]
+    for file in folder.iterdir():
+        if file.suffix in (".md", ".json"):
+            text = file.read_text(encoding="utf-8")
+            for path in paths:
+                text = text.replace(str(path), path.name)
+            file.write_text(text, encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def true_or_false(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return text.lower() == "true"
+
+
+def parse(arguments, prog):
+    parser = argparse.ArgumentParser(prog=prog, usage="%(prog)s FOLDER [--OPTION VALUE ...]", allow_abbrev=False)
+    parser.description = "Merges, converts to GGUF or pushes to the hub what a run has learned."
+    parser.add_argument("outputs", metavar="FOLDER", type=Path, help="the --output_dir of a run")
+    flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
+    parser.add_argument("--save_merged", **flag, help="write base and adapter as one model to FOLDER/merged")
+    dtypes = "how merged weights are stored (default: as trained; float16 if that was in 32 bits)"
+    parser.add_argument("--dtype", choices=SHARE, help=dtypes)
+    ggufs = f"write FOLDER/merged_gguf, for llama.cpp and Ollama: {', '.join(GGUF_TYPES)}"
+    parser.add_argument("--save_gguf", metavar="TYPE", help=ggufs)
+    parser.add_argument("--push_to_hub", **flag, help="upload the adapter, its processor and its model card")
+    parser.add_argument("--hub_model_id", metavar="OWNER/NAME", help="where to")
+    parser.add_argument("--hub_private_repo", **flag, help="make that repository a private one")
+    wanted = parser.parse_args([with_underscores(word) for word in arguments])
+    if not (wanted.save_merged or wanted.save_gguf or wanted.push_to_hub):
+        parser.error("nothing to do: --save_merged, --save_gguf q8_0 or --push_to_hub (--help says more)")
+    return wanted
+
+
+def with_underscores(word):
+    """`--save-merged=true` as `--save_merged=true`, as TRL's options are spelled."""
+    option, equals, value = word.partition("=")
+    return f"--{option[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
+
+
+def out_of_memory(error):
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error).lower())
+
+
+def main(arguments, prog):
+    wanted = parse(arguments, prog)
+    for library in ("torchao", "bitsandbytes", "transformers.integrations"):  # they warn of what does not matter here
+        logging.getLogger(library).setLevel(logging.ERROR)
+    outputs, metrics = wanted.outputs, metrics_of(wanted.outputs)
+    adapter_of(outputs)
+    check(**vars(wanted))
+    try:
+        if wanted.push_to_hub:  # first, because it is soon done
+            push(outputs, metrics, wanted.hub_model_id)
+        if wanted.save_merged or (wanted.save_gguf and not merged_before(outputs)):
+            merge(outputs, metrics, wanted.dtype)
+        if wanted.save_gguf:
+            to_gguf(outputs / "merged", wanted.save_gguf)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit("Not enough memory: a merge takes 2 bytes a parameter (7B: 17 GB), on the GPU or in RAM.")
+    except FloatingPointError as error:
+        sys.exit(f"Not merged: {first_line(error)}.")
