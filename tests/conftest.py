@@ -1,6 +1,7 @@
-"""What the tests share: running the script as users do, or cell by cell in a namespace that can be looked into."""
+"""What the tests share: running the script as users do, also with a change, or in this process, to look into it."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "finetune_qwen_vl.py"
-SHORT = ("--config", "demo/config.yaml", "--max_steps", "2", "--per_device_train_batch_size", "8")
+SHORT = ("--config", "demo/config.yaml", "--max_steps", "2", "--batch_size", "8")
 SHORT += ("--num_test_rows", "6", "--max_new_tokens", "16")
 
 # Several runs share the cores, and OpenMP's threads wait for each other by spinning. The hub is never asked.
@@ -23,22 +24,20 @@ def run(*arguments, timeout=600):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
-@pytest.fixture
-def execute(monkeypatch):
-    """Executes the script's cells in this process, up to the cell with the title `until`; returns their names."""
+def run_changed(change, *arguments, timeout=600):
+    """The same after the Python code `change`, which can make a library fail as a machine would."""
+    code = f"{change}\nimport runpy\nrunpy.run_path({SCRIPT.name!r}, run_name='__main__')\n"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
-    def execute(*arguments, until=None):
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", [SCRIPT.name, *map(str, arguments)])
-        source = SCRIPT.read_text()
-        if until:
-            source, found, _ = source.partition(f"# %% [markdown]\n# ## {until}\n")
-            assert found
-        names = {"__name__": "__main__"}
-        exec(compile(source, SCRIPT, "exec"), names)
-        return names
 
-    return execute
+def execute(*arguments):
+    """Runs the script in this process; returns its names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.syspath_prepend(ROOT)
+        patch.setattr(sys, "argv", [SCRIPT.name, *map(str, arguments)])
+        return runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +59,6 @@ def tiny(tmp_path_factory):
     load_dataset("demo/data", split="train").select(range(42)).to_parquet(place / "rows.parquet")
     return [
         "--model_name_or_path", str(place / "model"), "--dataset_name", str(place / "rows.parquet"),
-        "--num_test_rows", "2", "--max_new_tokens", "4", "--min_pixels", "3136", "--per_device_train_batch_size", "4",
+        "--num_test_rows", "2", "--max_new_tokens", "4", "--min_pixels", "3136", "--batch_size", "4",
         "--max_steps", "40", "--save_steps", "1", "--lora_dropout", "0.1", "--learning_rate", "1e-3",
     ]  # fmt: skip

@@ -59,7 +59,7 @@ CASES = {
     ),
     "a folder without a model": ([*SHORT, "--model_name_or_path", "DATA/model"], ["DATA/model", "config.json"]),
     "no held-out rows": ([*SHORT, "--num_test_rows", "0"], ["--num_test_rows", "1 at least"]),
-    "no checkpoint to go on from": ([*SHORT, "--resume_from_checkpoint", "DATA/checkpoint-5"], ["no checkpoint DATA"]),
+    "no checkpoint to resume from": ([*SHORT, "--resume_from_checkpoint", "DATA/checkpoint-5"], ["no checkpoint DATA"]),
     "an unknown option with a secret": (["--token", "hf_secret"], ["option --token (--help"]),
     "a folder that can't be made": ([*SHORT, "--output_dir", "DATA/notes.txt/out"], ["notes.txt", "--output_dir"]),
 }

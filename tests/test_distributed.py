@@ -28,7 +28,7 @@ def change(self, *arguments, input_ids=None, **inputs):
 
 if os.environ["RANK"] == "1":
     Model.forward = change
-sys.path[0] = os.path.dirname(sys.argv[0])  # where guard.py lies
+sys.path[0] = os.path.dirname(sys.argv[0])  # where the kit lies
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -94,22 +94,22 @@ def test_one_process_speaks(two):
     for line in ("demo/data: 48 rows to train on", "Before training", "After training", "To look at it", "Trained in"):
         assert printed.count(line) == 1, line
     assert printed.count("model reads: ") == 2
-    assert "Training 4 x 1 samples a step in each of 2 processes" in printed
+    assert "Training 6 steps of 8 samples (4 x 1 per device, activations kept)" in printed
     assert (folder / "report.html").exists() and (folder / "adapter" / "README.md").exists()
 
 
 def test_parts_of_a_step_and_the_end_of_the_data(tmp_path):
     rows = load_dataset("demo/data", split="train").select(range(28))  # 21 to train on: two steps and five rows
     rows.to_parquet(tmp_path / "rows.parquet")
-    options = (*OPTIONS[:-1], "--dataset_name", tmp_path / "rows.parquet", "--max_steps", -1, "--num_train_epochs", 2)
+    options = (*OPTIONS[:-1], "--dataset_name", tmp_path / "rows.parquet", "--num_train_epochs", 2)
     options += ("--save_strategy", "no", "--output_dir")
     ended = run(*options, tmp_path / "whole")
     assert ended.returncode == 0, ended.stderr[-3000:]
-    parts = ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4, "--gradient_checkpointing", "true")
+    parts = ("--per_device_train_batch_size", 2, "--gradient_checkpointing", "true")
     accelerate = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes")
     ended = launch(*options, tmp_path / "parts", *parts, launcher=accelerate)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "Training 2 x 2 samples a step in each of 2 processes, activations recomputed" in ended.stdout
+    assert "(2 x 2 per device, activations recomputed)" in ended.stdout
     assert len(steps(tmp_path / "whole")) == 6
     assert steps(tmp_path / "parts") == pytest.approx(steps(tmp_path / "whole"), rel=1e-4)
 
@@ -134,9 +134,9 @@ def test_a_failure_in_one_ends_all(tmp_path):
 
 
 def test_what_can_not_be_is_said_once(tmp_path):
-    ended = launch(*OPTIONS, tmp_path, "--per_device_train_batch_size", 7)
+    ended = launch(*OPTIONS, tmp_path, "--batch_size", 7)
     assert ended.returncode != 0
-    assert ended.stderr.count("7 samples a step can't be shared out evenly over 2 processes") == 1
+    assert ended.stderr.count("--batch_size 7 can't be split evenly over 2 processes") == 1
     ended = launch(*OPTIONS, tmp_path, "--dataset_train_split", "none")
     assert ended.returncode != 0
     assert ended.stderr.count("has no split 'none'") == 1
@@ -146,7 +146,7 @@ def test_memory_that_gives_out_in_one_process_has_all_take_the_next_split(one, t
     change = "if len(input_ids) > 1: raise torch.OutOfMemoryError('CUDA out of memory.')"
     ended = launch_uneven(tmp_path, change, *OPTIONS, tmp_path / "outputs")
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert re.findall(r"Training (.*) samples a step in each of 2 processes, activations (\w+)", ended.stdout) == [
+    assert re.findall(r"\((\d x \d) per device, activations (\w+)\)", ended.stdout) == [
         ("4 x 1", "kept"), ("2 x 2", "kept"), ("4 x 1", "recomputed"), ("2 x 2", "recomputed"), ("1 x 4", "recomputed")
     ]  # fmt: skip
     assert steps(tmp_path / "outputs") == pytest.approx(steps(one), rel=1e-4)
@@ -156,7 +156,7 @@ def test_memory_that_gives_out_later_ends_all_with_a_sentence(tmp_path):
     change = "if len(taken) == 6: raise torch.OutOfMemoryError('CUDA out of memory.')"
     ended = launch_uneven(tmp_path, change, *OPTIONS, tmp_path / "outputs")
     assert ended.returncode != 0
-    assert ended.stderr.count("The memory does not suffice for a training step") == 1
+    assert ended.stderr.count("There is not enough GPU memory for a training step") == 1
     assert (tmp_path / "outputs" / "checkpoint-3").exists()
 
 
@@ -196,7 +196,7 @@ def test_two_machines_learn_what_one_does(one, two_machines, tmp_path):
         started.append(subprocess.Popen([*map(str, command)], cwd=ROOT, **pipes))
     (said, complained), (quiet, _) = [process.communicate(timeout=240) for process in started]
     assert [process.returncode for process in started] == [0, 0], complained[-3000:]
-    assert "Training 4 x 1 samples a step in each of 2 processes" in said and "Training" not in quiet
+    assert "(4 x 1 per device, activations kept)" in said and "Training" not in quiet
     assert steps(tmp_path / "0") == pytest.approx(steps(one), rel=1e-4)
     assert metrics(tmp_path / "0")["after"] == metrics(one)["after"]
     assert not (tmp_path / "1" / "metrics.json").exists() and not (tmp_path / "1" / "adapter").exists()
@@ -216,14 +216,14 @@ def pretend(self, *arguments, **options):
 
 PartialState.__init__ = pretend
 sys.argv[0] = {script}
-sys.path[0] = os.path.dirname(sys.argv[0])  # where guard.py lies
+sys.path[0] = os.path.dirname(sys.argv[0])  # where the kit lies
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def test_a_model_in_parts_learns_the_same(one, tmp_path):
     (tmp_path / "shard.py").write_text(SHARD_ON_CPU.format(script=repr(str(SCRIPT))))
-    accelerate = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/fsdp.yaml")
+    accelerate = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "qwen_vl_kit/fsdp.yaml")
     launcher, script = (*accelerate, "--num_processes"), str(tmp_path / "shard.py")
     ended = launch(*OPTIONS, tmp_path, launcher=launcher, script=script)
     assert ended.returncode == 0, ended.stderr[-3000:]

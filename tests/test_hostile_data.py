@@ -116,7 +116,7 @@ def found(tmp_path_factory):
 def test_five_hundred_hostile_rows_among_as_many_good_ones(found, tmp_path):
     file, reasons, place = found
     files = sorted(str(path) for path in place.rglob("*"))
-    ended = run(*SHORT, "--max_steps", -1, "--num_train_epochs", 1, "--dataset_name", file, "--output_dir", tmp_path)
+    ended = run(*SHORT, "--num_train_epochs", 1, "--dataset_name", file, "--output_dir", tmp_path)
     assert ended.returncode == 0, ended.stderr[-3000:]
     skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert {row["row"]: row["reason"] for row in skipped if not row["reason"].startswith("same image")} == reasons
@@ -146,7 +146,7 @@ def test_a_folder_of_images_reads_nothing_outside_either(tmp_path):
     for name in ("../secret.jpg", str(tmp_path / "secret.jpg"), "link.jpg"):
         lines.append({"file_name": name, "text": "x"})
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    ended = run(*SHORT, "--dataset_name", data, "--max_steps", -1, "--num_train_epochs", 1, "--output_dir", tmp_path)
+    ended = run(*SHORT, "--dataset_name", data, "--num_train_epochs", 1, "--output_dir", tmp_path)
     assert ended.returncode == 0, ended.stderr[-3000:]
     skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert {row["row"] for row in skipped} == {20, 21, 22}

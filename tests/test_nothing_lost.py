@@ -17,8 +17,10 @@ from statistics import median
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, run
+from conftest import ROOT, SCRIPT, execute, run, run_changed
+from datasets import load_dataset
 from safetensors.torch import load_file
+from transformers import AutoProcessor
 from transformers.trainer_utils import get_last_checkpoint
 
 STEPS = 40
@@ -232,7 +234,9 @@ def test_runs_do_not_overwrite_one_another(tiny, whole, tmp_path):
     assert json.loads((folder / "metrics.json").read_text())["settings"]["seed"] == 3407
     assert max(steps(folder)) < 6, "what there is to go on from is this run's"
 
-    subprocess.run([sys.executable, "report.py", folder], cwd=ROOT, check=True)  # writes to the finished run's results
+    subprocess.run(
+        [sys.executable, "-m", "qwen_vl_kit", "report", folder], cwd=ROOT, check=True
+    )  # writes to the finished run's results
     before = digests(folder)
     ended = run(*other, "--output_dir", folder)  # over the unfinished one
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
@@ -253,18 +257,9 @@ def test_runs_do_not_overwrite_one_another(tiny, whole, tmp_path):
     assert not (folder / "README.md").exists(), "TRL's own card"
 
 
-def train(names, monkeypatch):
-    """Executes the cell "Train" in `names`, what the cells before it have left."""
-    # A checkpoint has the settings in it, and pickle has to find their class.
-    monkeypatch.setattr(sys.modules["__main__"], "TrainingSettings", names["TrainingSettings"], raising=False)
-    source = SCRIPT.read_text()
-    exec(source[source.index("# ## Train\n") : source.index("# %% [markdown]\n# ## After\n")], names)
-
-
-def test_a_checkpoint_saved_again_and_the_best_one_stay_whole(execute, tiny, tmp_path, monkeypatch):
+def test_a_checkpoint_saved_again_and_the_best_one_stay_whole(tiny, tmp_path, monkeypatch):
     options = ("--max_steps", 4, "--eval_strategy", "steps", "--eval_steps", 1, "--save_total_limit", 1)
-    names = execute(*tiny, *options, "--output_dir", tmp_path, until="Train")
-    train(names, monkeypatch)
+    names = execute(*tiny, *options, "--output_dir", tmp_path)
     trainer = names["trainer"]
     best = trainer.state.best_global_step
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
@@ -273,36 +268,43 @@ def test_a_checkpoint_saved_again_and_the_best_one_stay_whole(execute, tiny, tmp
         saved = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
         assert saved["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{saved['best_global_step']}")
     before = state(tmp_path / "checkpoint-4")
-    trainer._save_checkpoint(trainer.model)  # as after running out of memory
+    # A checkpoint has the options in it, and pickle has to find their class.
+    monkeypatch.setattr(sys.modules["__main__"], "Options", names["Options"], raising=False)
+    trainer.save_now()  # as after running out of memory
     assert same(state(tmp_path / "checkpoint-4")["optimizer.pt"], before["optimizer.pt"])
     assert not (tmp_path / "part").exists()
 
 
+# From the twelfth step on (in an epoch that is not the first), one row has a loss or a gradient that is NaN.
+SPOILED = """
+import torch
+from peft import PeftModelForCausalLM as Model
+
+forward, answer, taken = Model.forward, {answer}, []
+
+def spoil(self, *arguments, **inputs):
+    taken.append(torch.is_grad_enabled())
+    rows = [[token for token in row if token != -100] for row in inputs.get("labels", torch.tensor([])).tolist()]
+    if sum(taken) > 12 and answer in rows:
+        if {what!r} == "loss":
+            inputs["pixel_values"] = inputs["pixel_values"] * float("inf")
+        else:
+            adapter = next(parameter for parameter in self.parameters() if parameter.requires_grad)
+            adapter.register_hook(lambda gradient: gradient * float("nan"))
+    return forward(self, *arguments, **inputs)
+
+Model.forward = spoil
+"""
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_number_that_is_none_ends_the_run_with_its_rows(what, execute, tiny, tmp_path, monkeypatch):
-    names = execute(*tiny, "--output_dir", tmp_path, until="Train")
-    numbers, collate, spoiled = [*names["train_pixels"]], names["collate"], 17
-    answer = names["train_set"][numbers.index(spoiled)]["answer"]
-
-    def spoil(samples):
-        batch = collate(samples)
-        late = names["trainer"].state.global_step > 11  # in an epoch that is not the first
-        if late and any(sample["answer"] == answer for sample in samples):
-            if what == "loss":
-                batch["pixel_values"] = batch["pixel_values"] * float("inf")
-            spoil.batch = batch["input_ids"].clone()
-        return batch
-
-    def spoil_gradient(model, _, inputs):
-        if what == "gradient" and inputs["input_ids"].equal(spoil.batch):
-            next(p for p in model.parameters() if p.requires_grad).register_hook(lambda grad: grad * float("nan"))
-
-    spoil.batch = torch.tensor([])
-    names["model"].register_forward_pre_hook(spoil_gradient, with_kwargs=True)
-    names["collate"] = spoil
-    with pytest.raises(SystemExit) as ended:
-        train(names, monkeypatch)
-    message = str(ended.value)
+def test_a_nan_ends_the_run_with_its_rows(what, tiny, tmp_path):
+    spoiled, tokenizer = 17, AutoProcessor.from_pretrained(tiny[1]).tokenizer
+    text = load_dataset("parquet", data_files=tiny[3], split="train")["text"][spoiled]
+    answer = tokenizer(text.strip() + "<|im_end|>", add_special_tokens=False).input_ids
+    ended = run_changed(SPOILED.format(answer=answer, what=what), *tiny, "--output_dir", tmp_path)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr[-3000:]
+    message = ended.stderr.strip().splitlines()[-1]
     rows = json.loads(re.search(r"Look at its training rows, (\[.*?\])", message)[1])
     step = int(re.search(rf"The {what} of step (\d+) is (?:nan|inf)", message)[1])
     assert spoiled in rows and len(rows) == 4 and step > 12
@@ -324,8 +326,9 @@ def disk(folder, options):
 
 
 INTERRUPTED = """
-import sys, guard
+import sys
 from pathlib import Path
+from qwen_vl_kit import checkpoints
 outputs, how, replace = Path(sys.argv[1]), sys.argv[2], Path.replace
 
 def fail(self, target):  # the second of the two renames
@@ -334,7 +337,7 @@ def fail(self, target):  # the second of the two renames
     return replace(self, target)
 
 Path.replace = fail
-with guard.saving(outputs, "the results") as part:
+with checkpoints.saving(outputs, "the results") as part:
     (part / "adapter").mkdir()
     (part / "adapter" / "adapter_model.safetensors").write_text("new")
 """
@@ -354,7 +357,8 @@ def test_what_is_to_be_replaced_is_not_lost_between_two_renames(how, tmp_path):
         assert ended.stderr.splitlines()[-1].startswith("Could not save the results")
     else:  # the next run puts it back
         assert not (tmp_path / "adapter").exists()
-        checked = python("import sys, guard; guard.check(guard.Path(sys.argv[1]), None, 1, sys.exit)", str(tmp_path))
+        check = "from qwen_vl_kit import checkpoints as c; import sys; c.check(c.Path(sys.argv[1]), None, 1, sys.exit)"
+        checked = python(check, str(tmp_path))
         assert checked.returncode == 0, checked.stderr[-3000:]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_text() == "old"
 

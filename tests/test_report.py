@@ -1,6 +1,7 @@
 """The report as people see it: in a real browser, from disk, without a network, with readings that mean harm."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 from PIL import Image
+from rapidfuzz.distance import Levenshtein
 
 browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(browser is None, reason="no Chromium here (Debian: apt-get install chromium)")
@@ -28,11 +30,17 @@ HARM = [
 ]
 # Truth, before and after: one fixed, one broken, one right both times, one still wrong for each attempt at harm.
 ROWS = [
-    ("x ^ { 2 }", "x", "x^2"),
+    (r"\hat { M } _ { x } ^ { n ^ { 2 } }", "x", r"\hat M_x^{n^2}"),
     ("a + b", "a + b", "a - b"),
     (r"\frac { 1 } { 2 }", r"\frac12", r"\frac { 1 } { 2 }"),
 ]
 ROWS += [(r"\sum _ { i } x _ { i }", text, text) for text in HARM]
+
+
+def reading(truth, text):
+    """A reading as the script writes it."""
+    truth, read = ("".join(latex.split()) for latex in (truth, text))
+    return {"text": text, "cut": False, "errors": Levenshtein.distance(truth, read), "length": len(truth)}
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +62,21 @@ def outputs(tmp_path_factory):
         for row, (truth, before, after) in enumerate(ROWS):
             Image.new("RGB", (200 + 300 * row, 40), "white").save(folder / "held_out" / f"{row}.png")
             line = {"row": row, "image": f"held_out/{row}.png", "truth": truth}
-            readings = ({"text": text, "cut": False} for text in (before, after))
+            readings = (reading(truth, text) for text in (before, after))
             print(json.dumps(line | dict(zip(("before", "after"), readings, strict=True))), file=file)
     make(folder)
     return folder
 
 
+def kit(*arguments, cwd=ROOT):
+    """`python -m qwen_vl_kit *arguments`, from any folder: its `CompletedProcess`."""
+    command = [sys.executable, "-m", "qwen_vl_kit", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
 def make(folder):
-    command = [sys.executable, ROOT / "report.py", folder]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    ended = kit("report", folder)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return ended.stdout
 
@@ -76,6 +90,8 @@ def test_files(outputs):
     assert [prediction["after"]["formula_match"] for prediction in predictions[:3]] == [True, False, True]
     assert predictions[2]["before"]["formula_match"] and not predictions[2]["before"]["exact_match"]
     before = {name: (outputs / name).read_text() for name in ("metrics.json", "predictions.jsonl", "report.html")}
+    long_ago = (outputs / "predictions.jsonl").stat().st_mtime - 1e6
+    os.utime(outputs / "predictions.jsonl", (long_ago, long_ago))
     make(outputs)
     assert before == {name: (outputs / name).read_text() for name in before}, "a second report is another one"
     assert not list(outputs.rglob("*.part"))
@@ -98,9 +114,79 @@ def test_model_card(outputs):
         )
 
 
-def test_no_finished_run():
-    ended = subprocess.run([sys.executable, ROOT / "report.py", ROOT / "tests"], capture_output=True, text=True)
-    assert ended.returncode == 1 and "no finished run" in ended.stderr and "Traceback" not in ended.stderr
+def test_a_run_of_the_script_alone_has_a_report(outputs, tmp_path):
+    """It measures less: no time, no memory, no hardware, no versions."""
+    folder = shutil.copytree(outputs, tmp_path / "outputs")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    kept = {name: metrics[name] for name in ("settings", "test_split")}
+    (folder / "metrics.json").write_text(json.dumps(kept | {"train": {"log": metrics["train"]["log"]}}))
+    make(folder)
+    assert json.loads((folder / "metrics.json").read_text())["after"] == metrics["after"]
+
+
+def broken(folder, name, text):
+    (folder / name).write_text(text)
+    return folder
+
+
+# What became of a run's folder, and the words that say so.
+BROKEN = {
+    "another folder": (lambda folder: ROOT / "tests", "no finished run in"),
+    "no folder": (lambda folder: folder / "nowhere", "There is no folder"),
+    "half a file": (lambda folder: broken(folder, "metrics.json", '{"train":'), "metrics.json is damaged"),
+    "no text": (lambda folder: broken(folder, "predictions.jsonl", "[1]\n"), "predictions.jsonl is damaged"),
+    "another's metrics": (lambda folder: broken(folder, "metrics.json", '{"loss": 1}'), "it lacks settings"),
+    "older predictions": (lambda folder: broken(folder, "predictions.jsonl", '{"row": 1}\n'), "this version"),
+    "an image gone": (lambda folder: (folder / "held_out/0.png").unlink() or folder, "held_out/0.png"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_wrong_with_a_run_is_said(case, outputs, tmp_path):
+    change, words = BROKEN[case]
+    ended = kit("report", change(shutil.copytree(outputs, tmp_path / "outputs")))
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr and ended.stderr.count("\n") == 1, ended.stderr
+    assert words in ended.stderr
+
+
+def test_commands(tmp_path):
+    for arguments in ((), ("--help",), ("report", "--help"), ("export", "--help")):
+        ended = kit(*arguments, cwd=tmp_path)
+        assert ended.returncode == 0 and "usage: python -m qwen_vl_kit" in ended.stdout and not ended.stderr
+    for command in ("report", "export"):
+        assert f"\n  {command} " in kit().stdout
+    for arguments in (("repot",), ("report",), ("export", "outputs"), ("export", "outputs", "--save_merged", "maybe")):
+        ended = kit(*arguments, cwd=tmp_path)
+        assert ended.returncode == 2 and "Traceback" not in ended.stderr and not ended.stdout, arguments
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import runpy, sys; sys.argv[1:] = ['export', '--help']; runpy.run_module('qwen_vl_kit', run_name='__main__')"
+    )
+    ended = subprocess.run([sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "usage" in ended.stdout and "qwen_vl_kit.finished" in ended.stderr
+    assert " torch\n" not in ended.stderr and " transformers\n" not in ended.stderr
+
+
+SHOW = """
+import sys, warnings
+warnings.simplefilter("error")
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+shell = InteractiveShell.instance()
+from qwen_vl_kit import report
+with capture_output() as captured:
+    report.make(sys.argv[1])
+(shown,) = captured.outputs
+print(shown.data["text/html"][:16])
+"""
+
+
+def test_a_notebook_shows_the_page_without_a_warning(outputs):
+    ended = subprocess.run([sys.executable, "-c", SHOW, outputs], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0 and not ended.stderr, ended.stderr[-3000:]
+    assert ended.stdout == '<iframe srcdoc="\n'
 
 
 @pytest.fixture
@@ -144,6 +230,9 @@ def test_in_a_browser(page):
     inside = "a => a.scrollWidth <= a.clientWidth + 1"
     assert page.evaluate(f"[...document.querySelectorAll('article')].every({inside})")
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    # Nothing is cut off above a formula, where no scrolling gets to it.
+    small = "[...document.querySelectorAll('.formula')].filter(formula => formula.clientHeight < 300)"
+    assert page.evaluate(f"{small}.every(formula => formula.scrollHeight <= formula.clientHeight)")
     marks = page.locator("article", has_text="row 1").first.locator("mark").all_inner_texts()
     assert marks
     # The filter.

@@ -30,7 +30,7 @@ def test_the_demo_learns(demo):
     assert metrics["after"]["cer"] < metrics["before"]["cer"] / 3
     assert metrics["after"]["exact_match"] > metrics["before"]["exact_match"] + 0.4
     losses = [entry["loss"] for entry in metrics["train"]["log"] if "loss" in entry]
-    assert len(losses) == metrics["settings"]["max_steps"]
+    assert len(losses) == metrics["settings"]["max_steps"] == 440
     assert sum(losses[-5:]) < sum(losses[:5])
     assert metrics["train"]["train_samples_per_second"] > 0
     assert {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"} <= set(metrics["versions"])
@@ -40,8 +40,9 @@ def test_the_demo_leaves_an_adapter_with_its_processor(demo):
     folder, _ = demo
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"], config["bias"]) == (16, 16, 0, "none")
-    assert config["base_model_name_or_path"] == "demo/model"
+    assert config["base_model_name_or_path"] == str(ROOT / "demo/model"), "found from anywhere"
     names = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert len(names) == 2 * (4 * 7 + 4 * 4)
     for layer in ("visual.blocks.0.attn.qkv", "visual.blocks.0.mlp.fc1", "layers.0.self_attn.q_proj", "mlp.down_proj"):
         assert any(layer in name for name in names), layer
     assert all(".lora_" in name for name in names), "more than the adapters was trained"
@@ -78,19 +79,73 @@ def test_the_demo_leaves_every_reading_and_a_report(demo):
     assert "model-index" in (folder / "adapter" / "README.md").read_text()
 
 
-def test_the_script_needs_no_other_file(tmp_path):
-    shutil.copy(ROOT / "finetune_qwen_vl.py", tmp_path)
-    (tmp_path / "demo").symlink_to(ROOT / "demo")
-    command = [sys.executable, "finetune_qwen_vl.py", *SHORT, "--eval_strategy", "steps", "--eval_steps", "1"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A folder with nothing of ours but the script, and the demo to run it on."""
+    folder = tmp_path_factory.mktemp("alone")
+    shutil.copy(ROOT / "finetune_qwen_vl.py", folder)
+    (folder / "demo").symlink_to(ROOT / "demo")
+    return folder
+
+
+def run_alone(alone, *arguments, **environment):
+    command = [sys.executable, "finetune_qwen_vl.py", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": ""} | environment
+    return subprocess.run(command, cwd=alone, capture_output=True, text=True, env=environment)
+
+
+def test_the_kit_changes_nothing_but_speed_safety_and_scale(alone, tmp_path):
+    """The script by itself and with the kit: the same rows, losses and adapters, bit for bit; the same readings."""
+    options = (*SHORT, "--max_steps", 18, "--batch_size", 4, "--lora_dropout", 0.1, "--learning_rate", 1e-3)
+    ended = run_alone(alone, *options, "--output_dir", tmp_path / "alone")
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert (tmp_path / "outputs/demo/predictions.jsonl").exists()
-    assert not (tmp_path / "outputs/demo/report.html").exists()
-    # The held-out loss on the way: in the log, on the terminal, and the checkpoint of the lowest is kept.
-    log = json.loads((tmp_path / "outputs/demo/metrics.json").read_text())["train"]["log"]
+    assert not (tmp_path / "alone" / "report.html").exists()
+    with_kit = run(*options, "--output_dir", tmp_path / "kit")
+    assert with_kit.returncode == 0, with_kit.stderr[-3000:]
+    assert (tmp_path / "kit" / "report.html").exists()
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("alone", "kit"))
+    assert one.keys() == other.keys() and all(other[name].equal(tensor) for name, tensor in one.items())
+    one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("alone", "kit"))
+    steps = [
+        [(entry["loss"], entry["grad_norm"]) for entry in run["train"]["log"] if "loss" in entry]
+        for run in (one, other)
+    ]
+    assert len(steps[0]) == 18 and steps[0] == steps[1]
+    assert len({loss for loss, _ in steps[0]}) == 18
+    for when in ("before", "after"):
+        assert all(other[when][name] == score for name, score in one[when].items())
+    one, other = (
+        [json.loads(line) for line in (tmp_path / name / "predictions.jsonl").read_text().splitlines()]
+        for name in ("alone", "kit")
+    )
+    assert [(row["row"], row["after"]["text"]) for row in one] == [(row["row"], row["after"]["text"]) for row in other]
+    assert ended.stdout.split("Training")[0] == with_kit.stdout.split("Training")[0].replace("/kit/", "/alone/")
+
+
+def test_the_script_alone_resumes(alone, tmp_path):
+    options = (*SHORT, "--max_steps", 4, "--save_steps", 2, "--output_dir", tmp_path)
+    assert run_alone(alone, *options).returncode == 0
+    (tmp_path / "checkpoint-4").rename(tmp_path / "whole")
+    ended = run_alone(alone, *options, "--resume_from_checkpoint", "true")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "checkpoint-4"))
+    assert all(resumed[name].equal(tensor) for name, tensor in whole.items())
+
+
+def test_several_processes_need_the_kit(alone):
+    ended = run_alone(alone, *SHORT, WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
+    assert ended.returncode == 1 and ended.stderr.strip().startswith("Alone, this file trains on one GPU")
+    assert len(ended.stderr.strip().splitlines()) == 1 and not ended.stdout
+
+
+def test_a_held_out_loss_on_the_way(tmp_path):
+    """It is in the log and on the terminal, and the checkpoint of the lowest is kept."""
+    ended = run(*SHORT, "--eval_strategy", "steps", "--eval_steps", "1", "--output_dir", tmp_path)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    log = json.loads((tmp_path / "metrics.json").read_text())["train"]["log"]
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [1, 2]
     assert ended.stdout.count("held-out loss") == 2
-    state = json.loads((tmp_path / "outputs/demo/checkpoint-2/trainer_state.json").read_text())
+    state = json.loads((tmp_path / "checkpoint-2/trainer_state.json").read_text())
     best = min((entry for entry in log if "eval_loss" in entry), key=lambda entry: entry["eval_loss"])
     assert state["best_global_step"] == best["step"] and state["best_metric"] == best["eval_loss"]
 
@@ -108,13 +163,15 @@ def test_the_seed_decides_the_losses(tmp_path):
     assert losses(tmp_path / "third", "--seed", 1) != first
 
 
-def test_a_split_of_the_batch_gives_the_same_losses(tmp_path):
-    whole = losses(tmp_path / "8x1", "--per_device_train_batch_size", 8)
-    split = losses(tmp_path / "2x4", "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4)
+def test_micro_batches_give_the_same_losses(tmp_path):
+    whole = losses(tmp_path / "8x1")
+    split = losses(tmp_path / "2x4", "--per_device_train_batch_size", 2)
     assert split == pytest.approx(whole, rel=0.01)
+    settings = json.loads((tmp_path / "2x4" / "metrics.json").read_text())["settings"]
+    assert (settings["batch_size"], settings["gradient_accumulation_steps"]) == (8, 4)
 
 
-def test_a_run_goes_on_from_its_checkpoint(tmp_path):
+def test_a_run_resumes_from_its_checkpoint(tmp_path):
     options = (*SHORT, "--output_dir", tmp_path, "--save_steps", 2, "--max_steps", 4)
     assert run(*options).returncode == 0
     (tmp_path / "checkpoint-4").rename(tmp_path / "whole")

@@ -1,28 +1,34 @@
-"""The scores of report.py, against cases counted by hand and against real formulas spelled in other ways."""
+"""The scores of the kit, against cases counted by hand and against real formulas spelled in other ways."""
 
 import math
 import random
 import re
-import sys
 
 import pytest
 from conftest import ROOT
 from datasets import load_dataset
+from rapidfuzz.distance import Levenshtein
 
-sys.path.insert(0, str(ROOT))
-import report  # noqa: E402
+from qwen_vl_kit import report, scores
 
 REAL = ROOT.parent / "shared" / "latex_ocr"
 
 
-def corpus(*pairs, cut=False):
+def reading(truth, text, cut=False):
+    """A reading as the script writes it."""
+    truth, read = ("".join(latex.split()) for latex in (truth, text))
+    return {"text": text, "cut": cut, "errors": Levenshtein.distance(truth, read), "length": len(truth)}
+
+
+def corpus(*pairs):
     """Predictions of which the readings before are empty and those after are the second of each pair."""
-    readings = ({"before": {"text": "", "cut": True}, "after": {"text": text, "cut": cut}} for _, text in pairs)
-    return [{"truth": truth} | reading for (truth, _), reading in zip(pairs, readings, strict=True)]
+    return [
+        {"truth": truth, "before": reading(truth, "", cut=True), "after": reading(truth, text)} for truth, text in pairs
+    ]
 
 
 def after(*pairs):
-    return report.score(corpus(*pairs), seed=1)[1]
+    return scores.score(corpus(*pairs), seed=1)[1]
 
 
 def test_scores_counted_by_hand():
@@ -40,7 +46,7 @@ def test_scores_counted_by_hand():
     assert after((r"a b c d \alpha", r"abcd\beta"))["bleu"] == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4))
     predictions = corpus(("x", "x"), ("x", "x"))
     predictions[0]["after"]["cut"] = True
-    assert report.score(predictions, seed=1)[1]["cut"] == 1 / 2
+    assert scores.score(predictions, seed=1)[1]["cut"] == 1 / 2
 
 
 @pytest.mark.parametrize(
@@ -57,7 +63,7 @@ def test_scores_counted_by_hand():
     ],
 )
 def test_spelling_does_not_count(one, other):
-    assert report.mathml(one) == report.mathml(other) is not None
+    assert scores.mathml(one) == scores.mathml(other) is not None
 
 
 @pytest.mark.parametrize(
@@ -68,14 +74,14 @@ def test_spelling_does_not_count(one, other):
     ],
 )  # fmt: skip
 def test_what_is_seen_counts(one, other):
-    assert report.mathml(one) != report.mathml(other)
+    assert scores.mathml(one) != scores.mathml(other)
 
 
 @pytest.mark.parametrize(
     "text", ["", " ", "{", "}", "{x", "x}", "}{", r"\frac", r"x^", r"\left( x", "{" * 5000 + "}" * 5000]
 )
 def test_what_is_not_latex(text):
-    assert report.mathml(text) is None and report.drawing(text) is None
+    assert scores.mathml(text) is None and report.drawing(text) is None
 
 
 def swap_scripts(latex):
@@ -117,7 +123,7 @@ def formulas():
     """200 real ones where they are at hand, else the demo's."""
     texts = load_dataset(str(REAL) if REAL.is_dir() else "demo/data", split="test")["text"]
     # A backslash at the very end is half of a token; the converter has to understand the formula in the first place.
-    usable = [text for text in texts if not text.endswith("\\") and report.mathml(text)]
+    usable = [text for text in texts if not text.endswith("\\") and scores.mathml(text)]
     return random.Random(1).sample(usable, 200)
 
 
@@ -148,21 +154,29 @@ def test_another_symbol_does_not_match(monkeypatch):
     assert after(*pairs)["formula_match"] == 0
 
 
+def test_the_script_s_own_count_is_what_counts():
+    """CER and exact match are computed once, by the script."""
+    (row,) = predictions = corpus(("abcd", "abcx"))
+    row["after"] |= {"errors": 0, "length": 8}
+    assert scores.score(predictions, seed=1)[1]["cer"] == 0
+    assert row["after"]["exact_match"] and row["after"]["formula_match"]
+
+
 def test_intervals_say_what_the_rows_can_show():
     same = corpus(*[("x", "x")] * 64)
     for prediction in same:
         prediction["before"] = dict(prediction["after"])
-    for difference in report.score(same, seed=1)[2].values():
+    for difference in scores.score(same, seed=1)[2].values():
         assert difference == {"value": 0, "interval": [0, 0]}
     # Half of 400 rows are put right: by the normal approximation the interval is 0.5 +- 1.96 * sqrt(0.25 / 400).
     half = corpus(*[("x", "x"), ("x", "y")] * 200)
-    difference = report.score(half, seed=1)[2]["exact_match"]
+    difference = scores.score(half, seed=1)[2]["exact_match"]
     assert difference["value"] == 0.5
     assert difference["interval"] == pytest.approx([0.5 - 0.049, 0.5 + 0.049], abs=0.008)
-    assert report.score(half, seed=1)[2]["exact_match"] == difference, "not decided by the seed"
-    assert report.verdict("exact_match", difference) == "better"
-    assert report.verdict("cer", {"interval": [0.1, 0.2]}) == "worse"
-    assert report.verdict("cer", {"interval": [-0.1, 0.2]}) == "no clear change"
+    assert scores.score(half, seed=1)[2]["exact_match"] == difference, "not decided by the seed"
+    assert scores.verdict("exact_match", difference) == "better"
+    assert scores.verdict("cer", {"interval": [0.1, 0.2]}) == "worse"
+    assert scores.verdict("cer", {"interval": [-0.1, 0.2]}) == "no clear change"
 
 
 def test_marks_are_on_what_differs():

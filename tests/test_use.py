@@ -1,4 +1,4 @@
-"""From the adapter to use, as the README has it: read a folder, merge, serve, share."""
+"""From the adapter to use, as README and docs have it: read a folder, merge, serve, share."""
 
 import json
 import os
@@ -18,21 +18,33 @@ from conftest import ROOT, SHORT, run
 from hub import Hub
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-sys.path.insert(0, str(ROOT))
-from export import add_adapters, load_base  # noqa: E402
+from qwen_vl_kit import export as export_room
+from qwen_vl_kit.export import add_adapters, load_base
 
-README = (ROOT / "README.md").read_text()
-READ, ASK = re.findall(r"```python\n(.*?)```", README, re.S)
+# Where the code blocks are that are tried here: reading a folder, asking a server, loading by Unsloth.
+PAGES = [ROOT / "README.md", ROOT / "docs" / "use.md"]
+
+
+def block(words):
+    """The one block of Python in PAGES with these words in it."""
+    pages = "".join(page.read_text() for page in PAGES if page.exists())
+    (found,) = [block for block in re.findall(r"```py(?:thon)?\n(.*?)```", pages, re.S) if words in block]
+    return found
+
+
+READ, ASK, UNSLOTH = block(".glob("), block("OpenAI("), block("FastVisionModel")
 
 
 def export(*arguments, cwd=ROOT, **environment):
-    """`python export.py *arguments`, with `environment` added to this one: its `CompletedProcess`."""
-    command = [sys.executable, ROOT / "export.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    """`python -m qwen_vl_kit export *arguments`, with `environment` added to this one: its `CompletedProcess`."""
+    command = [sys.executable, "-m", "qwen_vl_kit", "export", *map(str, arguments)]
+    paths = os.pathsep.join(filter(None, [environment.pop("PYTHONPATH", ""), str(ROOT)]))
+    there = os.environ | environment | {"PYTHONPATH": paths}
+    return subprocess.run(command, cwd=cwd, env=there, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +93,8 @@ def readings(place):
 
 def read_by_readme(place, model):
     """What the README's ten lines read in `images` with the model or adapter in `outputs/<model>`."""
-    code = READ.replace('"outputs/adapter"', f'"outputs/{model}"')
+    code = re.sub('"outputs/(demo/)?adapter"', f'"outputs/{model}"', READ)
+    assert code.count(f'"outputs/{model}"') == 2
     ended = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return dict(line.split("\t") for line in ended.stdout.splitlines() if line.count("\t") == 1)
@@ -105,8 +118,7 @@ def test_the_readme_s_lines_for_unsloth_go_into_these_ten(place, readings, tmp_p
         "    def for_inference(model):\n"
         "        model.eval()\n"
     )
-    (unsloth,) = re.findall(r"```py\n(.*?)```", README, re.S)
-    first, _, instead = unsloth.rpartition("\n\n")
+    first, _, instead = re.sub("outputs/demo/", "outputs/", UNSLOTH).rpartition("\n\n")
     code, replaced = re.subn(r"^reader = .*pipeline\(.*$", lambda _: instead, f"{first}\n{READ}", flags=re.M)
     assert replaced == 1
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -139,7 +151,7 @@ def exact(place):
     """A copy of `place`, but for the merged model, which has 32 bits: no rounding excuses a difference."""
     exact = place.with_name(f"{place.name}-exact")
     shutil.copytree(place, exact, symlinks=True)
-    ended = export(exact / "outputs", "--save_merged", "--dtype", "float32")
+    ended = export(exact / "outputs", "--save-merged", "--dtype", "float32")
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "reads 32 of 32" in ended.stdout and "in float32" in ended.stdout
     return exact
@@ -207,7 +219,8 @@ def test_the_server_reads_as_the_batches_do(exact, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # The test's own address and image, in the README's own words.
-    code = ASK.replace("localhost:8000", f"127.0.0.1:{port}").replace('"outputs/sample.png"', "file")
+    code = re.sub(r'open\("[^"]+"', "open(file", ASK.replace("localhost:8000", f"127.0.0.1:{port}"))
+    code = code.replace("outputs/demo/merged", "outputs/merged")
     assert code.count("file") == 1 and str(port) in code
     code = code.replace("print(", "answers.append(")
 
@@ -301,15 +314,106 @@ def test_the_script_says_it_before_training(hub, tmp_path):
     assert "Traceback" not in ended.stderr and words in ended.stderr.strip().splitlines()[-1], ended.stderr[-3000:]
 
 
-def test_without_export_py_it_is_said_before_training(tmp_path):
+def test_without_the_kit_it_is_said_before_training(tmp_path):
     shutil.copy(ROOT / "finetune_qwen_vl.py", tmp_path)
     (tmp_path / "demo").symlink_to(ROOT / "demo")
     command = [sys.executable, "finetune_qwen_vl.py", *SHORT, "--save_merged", "true"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 2 and "export.py" in ended.stderr.splitlines()[-1] and not ended.stdout
+    assert ended.returncode and "--save_merged" in ended.stderr.splitlines()[-1] and not ended.stdout
 
 
-def test_no_finished_run():
-    for folder in (ROOT / "tests", ROOT / "nowhere"):
-        ended = export(folder, "--save_merged")
-        assert ended.returncode == 1 and "no finished run" in ended.stderr and "Traceback" not in ended.stderr
+def changed(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def of_another_rank(file):
+    save_file({name: torch.cat([weight, weight]) for name, weight in load_file(file).items()}, file)
+
+
+# What became of a run's folder, and the words that say so; nothing else may be said.
+BROKEN = {
+    "no metrics": (lambda run: (run / "metrics.json").unlink(), "no finished run in"),
+    "no adapter": (lambda run: shutil.rmtree(run / "adapter"), "no finished run in"),
+    "no weights": (lambda run: (run / "adapter/adapter_model.safetensors").unlink(), "no finished run in"),
+    "no predictions": (lambda run: (run / "predictions.jsonl").unlink(), "no finished run in"),
+    "no images": (lambda run: shutil.rmtree(run / "held_out"), "no finished run in"),
+    "half an adapter": (
+        lambda run: cut_short(run / "adapter/adapter_model.safetensors"),
+        "adapter_model.safetensors is damaged",
+    ),
+    "half a configuration": (
+        lambda run: (run / "adapter/adapter_config.json").write_text('{"r": 16,'),
+        "adapter_config.json is damaged",
+    ),
+    "half a processor": (lambda run: (run / "adapter/tokenizer.json").write_text("{"), "The processor in"),
+    "another adapter": (lambda run: of_another_rank(run / "adapter/adapter_model.safetensors"), "does not fit"),
+    "a base that was moved": (
+        lambda run: changed(run / "adapter/adapter_config.json", base_model_name_or_path="/nowhere/base"),
+        "The base model /nowhere/base of this adapter is not at hand: there is no such folder",
+    ),
+    "a base elsewhere": (
+        lambda run: changed(run / "adapter/adapter_config.json", base_model_name_or_path="nowhere/base"),
+        f"The base model 'nowhere/base' of this adapter is not at hand (no such folder in {ROOT}, nor in one above",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_each_error_is_told_as_what_it_is(case, place, tmp_path):
+    change, words = BROKEN[case]
+    outputs = shutil.copytree(place / "outputs", tmp_path / "outputs")
+    change(outputs)
+    ended = export(outputs, "--save_merged")
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr[-3000:]
+    said = ended.stderr.strip().splitlines()[-1]
+    assert words in said
+    assert sum(other in said for other in {words for _, words in BROKEN.values()}) == 1
+    assert not (outputs / "merged.part").exists()
+
+
+def test_an_unexpected_error_keeps_its_traceback(place, tmp_path):
+    outputs = shutil.copytree(place / "outputs", tmp_path / "outputs")
+    changed(outputs / "metrics.json", settings={"instruction": "Write.", "max_new_tokens": 8})
+    ended = export(outputs, "--save_merged")
+    assert ended.returncode == 1 and "Traceback" in ended.stderr and ended.stderr.strip().endswith("KeyError: 'bf16'")
+
+
+def test_an_adapter_of_nan_is_not_merged(place):
+    metrics = json.loads((place / "outputs/metrics.json").read_text())
+    model = PeftModel.from_pretrained(
+        load_base(place / "base", metrics, torch.float32, "cpu"), place / "outputs/adapter"
+    )
+    layer = next(layer for layer in model.modules() if isinstance(layer, LoraLayer))
+    layer.lora_B["default"].weight.data[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        add_adapters(model, torch.float16)
+
+
+def test_a_base_is_found_from_where_its_run_was_started(place, tmp_path, monkeypatch):
+    outputs = shutil.copytree(place / "outputs", tmp_path / "project/outputs/run", ignore=lambda *_: ["merged"])
+    (tmp_path / "project/models").mkdir()
+    (tmp_path / "project/models/base").symlink_to(place / "base")
+    changed(outputs / "adapter/adapter_config.json", base_model_name_or_path="models/base")
+    monkeypatch.chdir(tmp_path)
+    assert Path(export_room.base_of(outputs)).samefile(place / "base")
+    monkeypatch.chdir(tmp_path / "project")
+    assert export_room.base_of(outputs) == "models/base"
+
+
+def test_gguf_files_are_made_of_this_adapter_s_merge(place, tmp_path):
+    outputs = shutil.copytree(place / "outputs", tmp_path / "outputs")
+    assert export_room.merged_before(outputs)
+    (outputs / "adapter/adapter_model.safetensors").touch()
+    assert not export_room.merged_before(outputs), "a merge of an earlier run's adapter"
+
+
+def test_the_room_runs_from_any_folder(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        export_room.run("nowhere", save_merged=True, save_gguf=None)
+    assert ended.value.code == 1 and "There is no folder nowhere" in capfd.readouterr().err
