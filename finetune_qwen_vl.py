@@ -214,12 +214,14 @@ def order_rows(lengths, options):
     """The rows of all steps, one after another. Those of a step are of like length, so that little of it is padding."""
     chance, rows, order, size = random.Random(options.seed), [*lengths], [], options.batch_size
     while len(order) < options.max_steps * size:
-        rows = (rows * (size // len(rows) + 2))[: ceil(len(rows) / size) * size]  # full steps, the last has rows twice
-        for start in range(0, len(rows), 16 * size):  # 16 steps by 16: asking for more steps changes no earlier one
-            like = sorted(rows[start : start + 16 * size], key=lengths.get)
+        whole = len(rows) // size * size
+        for start in range(0, whole, 16 * size):  # 16 steps by 16: asking for more steps changes no earlier one
+            like = sorted(rows[start : min(start + 16 * size, whole)], key=lengths.get)
             batches = [like[first : first + size] for first in range(0, len(like), size)]
             order += [row for batch in chance.sample(batches, len(batches)) for row in batch]
-        rows = chance.sample([*lengths], len(lengths))
+        # The last step of an epoch is as large as the others, with some rows twice.
+        order += (rows[whole:] + rows * (size // len(rows) + 1))[: ceil((len(rows) - whole) / size) * size]
+        rows = chance.sample(rows, len(rows))
     return order[: options.max_steps * size]
 
 

@@ -38,7 +38,9 @@ def check(outputs, checkpoint, max_steps, error):
     if own and not unfinished:
         state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
         if 0 < max_steps <= state["global_step"]:
-            print(f"The run in {outputs} has finished already, after {max_steps} steps. To train on: more --max_steps")
+            print(
+                f"The run in {outputs} has finished already, after {max_steps} steps. To continue: a higher --max_steps"
+            )
             sys.exit()
     if unfinished and not own:
         error(

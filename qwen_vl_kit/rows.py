@@ -171,13 +171,14 @@ def choose_rows(step, rows, wanted, held_out, options):
     kind = "held-out" if first else "training"
     same_split = not first and rows.split == run.test_rows.split
     total = len(rows) if isinf(wanted) else min(wanted, len(rows))
-    lengths, digests, skipped = {}, set(), []
+    lengths, digests, skipped, examined = {}, set(), [], set()
     with tqdm(desc=f"Checking {kind} rows", total=total, leave=False) as bar:
         for number in random.Random(options.seed).sample(range(len(rows)), len(rows)):
             if len(lengths) >= wanted:
                 break
-            if same_split and number in run.test_numbers:
+            if same_split and number in run.test_examined:
                 continue
+            examined.add(number)
             row = rows[number]
             try:
                 picture, digest = examine(row, options, held_out)
@@ -189,7 +190,7 @@ def choose_rows(step, rows, wanted, held_out, options):
             bar.update()
     report_skipped(skipped, kind, Path(options.output_dir, "skipped.jsonl"))
     if first:
-        run.test_rows, run.test_numbers = rows, {*lengths}
+        run.test_rows, run.test_numbers, run.test_examined = rows, [*lengths], examined
     else:
         run.train_rows, run.lengths = rows, lengths
     if len(run.test_numbers) < options.num_test_rows or not lengths:

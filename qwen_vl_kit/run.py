@@ -9,6 +9,7 @@ model = None
 data_folder = None  # where relative paths of images start
 test_rows = None  # the data set that held-out rows are taken from, undecoded
 test_numbers = ()  # their numbers in it
+test_examined = ()  # these, and those of rows that were looked at and left out
 train_rows = None  # the same of the training rows
 lengths = {}  # of the training rows: {number: about tokens}
 order = ()  # the numbers of the training rows, as they follow one another in training

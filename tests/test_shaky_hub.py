@@ -50,7 +50,7 @@ def home(hub, tiny, tmp_path_factory):
 
     ended = run_from(hub, tiny, home, home / "out", fault)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "429 Too Many Requests" in ended.stdout and "Once more in 5 s" in ended.stdout
+    assert "429 Too Many Requests" in ended.stdout and "Trying again in 5 s" in ended.stdout
     assert not [path for path in hub.asked if "telemetry" in path]
     return home
 

@@ -36,7 +36,11 @@ def block(words):
     return found
 
 
-READ, ASK, UNSLOTH = block(".glob("), block("OpenAI("), block("FastVisionModel")
+READ, ASK, UNSLOTH = (
+    block(".glob(").replace("outputs/demo/held_out", "images"),
+    block("OpenAI("),
+    block("FastVisionModel"),
+)
 
 
 def export(*arguments, cwd=ROOT, **environment):
