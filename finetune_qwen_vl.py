@@ -6,7 +6,7 @@
 # - on a GPU: `python finetune_qwen_vl.py`
 # - anywhere, in two minutes, without a network: `python finetune_qwen_vl.py --config demo/config.yaml`
 #
-# A notebook first needs these packages (a terminal has `requirements.txt`). The torch that is here already stays.
+# A notebook installs these packages first (in a terminal, use `requirements.txt`). An installed torch stays as it is.
 
 # %%
 # %pip freeze | grep -E "^torch(vision|audio)?==" > /tmp/torch-here.txt
@@ -34,12 +34,12 @@ class Settings:
     dataset_name: str = "unsloth/LaTeX_OCR"  # a hub name, a folder, or a parquet, JSON or CSV file
     output_dir: str = "outputs"  # the folder for all that is written
     max_steps: int = 30  # optimizer steps: 30 show that it works, a few hundred teach
-    num_train_epochs: float = 0  # if above 0, in place of max_steps: how often to go through all training rows
+    num_train_epochs: float = 0  # if above 0, overrides max_steps: passes over all training rows
     batch_size: int | None = None  # samples per optimizer step, over all GPUs; None: 8
     learning_rate: float = 2e-4  # lower it if the loss jumps
     lora_r: int = 16  # rank of the adapters: larger ones can learn more
     lora_alpha: int = 16  # what the adapters add is scaled by lora_alpha / lora_r
-    min_pixels: int | None = 30_000  # enlarge images of a smaller area; None: as the model has it
+    min_pixels: int | None = 30_000  # enlarge images with a smaller area; None: the model's default
     num_test_rows: int = 64  # held-out images, read before and after
     seed: int = 3407  # decides what is held out, the order of the rows, and how the adapters start
     resume_from_checkpoint: str | None = None  # a checkpoint's folder, or true: the last one in output_dir
@@ -53,15 +53,15 @@ class Settings:
     load_in_4bit: bool = True  # keep the frozen weights in 4 bits (bitsandbytes nf4)
     lora_dropout: float = 0.0  # dropout before the adapters
     lora_target_modules: str = r".*(_proj|qkv|attn\.proj|fc[12])"  # regular expression of the layers with adapters
-    max_pixels: int | None = None  # shrink images of a larger area; None: as the model has it
+    max_pixels: int | None = None  # shrink images with a larger area; None: the model's default
     test_batch_size: int = 64  # held-out images to read at once
-    max_new_tokens: int = 128  # length limit of a reading in tokens; scores take more where a true formula is longer
-    temperature: float = 1.5  # of the sample that is shown while it is read; scores are greedy
-    min_p: float = 0.1  # that sample takes no token below this share of the likeliest one
+    max_new_tokens: int = 128  # token limit of a reading; scoring raises it to the longest true formula
+    temperature: float = 1.5  # of the reading streamed to the screen; scores use greedy decoding
+    min_p: float = 0.1  # in that reading, skip tokens less likely than this fraction of the likeliest
     per_device_train_batch_size: int | None = None  # samples at once on a GPU; None: as many as fit
     gradient_accumulation_steps: int | None = None  # micro-batches per optimizer step; None: as batch_size needs
-    gradient_checkpointing: bool | None = None  # recompute activations: less memory, slower; None: if it has to be
-    warmup_steps: float = 5  # steps in which the learning rate rises, to fall from there in a line
+    gradient_checkpointing: bool | None = None  # recompute activations: less memory, slower; None: only if needed
+    warmup_steps: float = 5  # steps of rising learning rate, before it falls linearly
     optim: str = "adamw_torch_fused"  # the usual 8-bit one saves 0.3 GB, and a step takes 0.1 s more
     weight_decay: float = 0.001  # pulls the adapters towards zero
     bf16: bool | None = None  # None: bf16 where the GPU has it, else fp16; 32 bits without a GPU
@@ -73,9 +73,9 @@ class Settings:
 
 # %% [markdown]
 # ## Libraries and options
-# This file alone is the whole recipe; where `qwen_vl_kit` is at hand, it makes the functions marked `@step` faster,
-# safer and larger, and what they compute stays the same. Alone, nothing checks options and rows, tries again when
-# memory or the hub fails, or keeps checkpoints whole, and there is one GPU, no report and no export.
+# This file alone is the whole recipe. With `qwen_vl_kit` beside it, the functions marked `@step` run faster, more
+# safely and on several GPUs, and compute the same. Alone, nothing checks options and rows, retries when memory or the
+# hub fails, or keeps checkpoints whole, and there is one GPU, no report and no export.
 
 # %%
 import json
@@ -105,7 +105,7 @@ if torch.cuda.is_available():
     try:
         from unsloth import FastVisionModel  # before transformers, TRL and PEFT, which it patches
     except (ImportError, NotImplementedError, RuntimeError) as error:
-        print(f"Without Unsloth, which can't be used here: {error}")
+        print(f"Continuing without Unsloth, which can't be used here: {error}")
 
 from bitsandbytes.nn import Linear4bit
 from datasets import Image, load_dataset
@@ -160,7 +160,7 @@ dtype = torch.bfloat16 if options.bf16 else torch.float16 if options.fp16 else t
 
 # %% [markdown]
 # ## Question
-# The processor makes tokens of text and images. Its chat template says how this model is asked and how its answers end.
+# The processor turns text and images into tokens. Its chat template says how to ask this model and how answers end.
 
 
 # %%
@@ -191,13 +191,15 @@ end_of_turn = processor.apply_chat_template([question, answer], tokenize=False).
 @step
 def load_splits(options):
     """The splits of the data set, by name, their images as RGB."""
-    splits = load_dataset(options.dataset_name, options.dataset_config)
+    file = Path(options.dataset_name)
+    how = {"path": file.suffix[1:].replace("jsonl", "json"), "data_files": str(file)}
+    splits = load_dataset(**how if file.is_file() else {"path": str(file), "name": options.dataset_config})
     return splits.cast_column(options.image_column, Image(mode="RGB"))
 
 
 @step
 def choose_rows(rows, wanted, held_out, options):
-    """Takes `wanted` rows, none with an image in `held_out`. Returns {number: about how many tokens}, and digests."""
+    """Takes `wanted` rows, none with an image in `held_out`. Returns {number: approximate tokens}, and digests."""
     lengths, digests = {}, set()
     for number in random.Random(options.seed).sample(range(len(rows)), len(rows)):
         if len(lengths) < wanted:
@@ -211,11 +213,11 @@ def choose_rows(rows, wanted, held_out, options):
 
 @step
 def order_rows(lengths, options):
-    """The rows of all steps, one after another. Those of a step are of like length, so that little of it is padding."""
+    """The rows of all steps, in order. Those of one step have similar lengths, to keep padding small."""
     chance, rows, order, size = random.Random(options.seed), [*lengths], [], options.batch_size
     while len(order) < options.max_steps * size:
         whole = len(rows) // size * size
-        for start in range(0, whole, 16 * size):  # 16 steps by 16: asking for more steps changes no earlier one
+        for start in range(0, whole, 16 * size):  # 16 steps at a time: a higher max_steps changes no earlier step
             like = sorted(rows[start : min(start + 16 * size, whole)], key=lengths.get)
             batches = [like[first : first + size] for first in range(0, len(like), size)]
             order += [row for batch in chance.sample(batches, len(batches)) for row in batch]
@@ -239,13 +241,13 @@ print(f"{options.dataset_name}: {len({*order}):,} rows to train on, {len(test_le
 
 # %%
 def to_samples(rows):
-    """Makes samples of rows, when they are needed: a list of all has filled memories (unslothai/unsloth issue 2315)."""
+    """Turns rows into samples on demand: a list of them all has exhausted memory (unslothai/unsloth issue 2315)."""
     answers = [text.strip() + end_of_turn for text in rows[options.text_column]]
     return {"image": rows[options.image_column], "answer": answers}
 
 
 def encode(images, padding_side, answers=None):
-    """The model's inputs that ask it to read `images`, with these answers: tensors, padded to one length."""
+    """Tensors that ask the model to read `images`, with these answers if given, padded to one length."""
     texts = [prompt + answer for answer in answers or [""] * len(images)]
     padding = {"padding": True, "padding_side": padding_side, "add_special_tokens": False, "return_tensors": "pt"}
     return processor(text=texts, images=[[image] for image in images], **padding)
@@ -253,8 +255,7 @@ def encode(images, padding_side, answers=None):
 
 def collate(samples):
     """One batch of samples. Its `labels`, (samples, tokens), are the answers and their ends, and -100 elsewhere."""
-    # (TRL's own collator adds the newline that follows in the template, and fails for Llama-3.2-Vision.)
-    answers = [sample["answer"] for sample in samples]
+    answers = [sample["answer"] for sample in samples]  # TRL's collator adds a newline, and fails for Llama-3.2
     batch = encode([sample["image"] for sample in samples], "right", answers)
     answered = [len(tokens) for tokens in processor.tokenizer(answers, add_special_tokens=False).input_ids]
     ends, column = batch["attention_mask"].sum(dim=1, keepdim=True), torch.arange(batch["input_ids"].shape[1])
@@ -269,7 +270,7 @@ truths = [text.strip() for text in test_rows.select([*test_lengths])[options.tex
 # %% [markdown]
 # ## Model
 # The base model in 4 bits, frozen, with small trainable LoRA matrices beside its attention and MLP layers. Unsloth does
-# it on a GPU, plain transformers and PEFT anywhere else; from the next cell on there is one code for both.
+# it on a GPU, plain transformers and PEFT anywhere else; after this cell, the code is the same for both.
 
 
 # %%
@@ -323,7 +324,7 @@ def read(samples, batch_size):
 
 @step
 def measure(when):
-    """Reads one held-out image aloud, then all. Returns the readings, now with their edit distance, and the scores."""
+    """Streams one held-out reading, then reads all. Returns the readings with their edit distances, and the scores."""
     FastVisionModel.for_inference(model) if FastVisionModel else model.eval()
     image = test_set[0]["image"]
     if in_notebook:
@@ -367,8 +368,7 @@ def make_trainer(Trainer=SFTTrainer):
 
 
 trainer = make_trainer()
-checkpoint = options.resume_from_checkpoint
-trainer.train(resume_from_checkpoint=True if checkpoint == "true" else checkpoint)
+trainer.train(resume_from_checkpoint=options.resume_from_checkpoint == "true" or options.resume_from_checkpoint)
 
 # %% [markdown]
 # ## After

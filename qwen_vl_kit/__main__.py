@@ -23,7 +23,7 @@ def main():
             print(f"  {name:<8} {what}")
         print(f"\n{prog} COMMAND --help lists the options of one.")
     elif command not in COMMANDS:
-        print(f"{prog}: there is no command {command!r}; it takes one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(f"{prog}: unknown command {command!r}; choose from {', '.join(COMMANDS)}.", file=sys.stderr)
         sys.exit(2)
     else:
         import_module(f"{__package__}.{command}").main(arguments, f"{prog} {command}")

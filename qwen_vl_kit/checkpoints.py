@@ -39,7 +39,7 @@ def check(outputs, checkpoint, max_steps, error):
         state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
         if 0 < max_steps <= state["global_step"]:
             print(
-                f"The run in {outputs} has finished already, after {max_steps} steps. To continue: a higher --max_steps"
+                f"The run in {outputs} has already finished, after {max_steps} steps. To continue it, raise --max_steps"
             )
             sys.exit()
     if unfinished and not own:
@@ -93,7 +93,7 @@ def saving(outputs, what):
 
 
 def discard(checkpoint):
-    """Deletes a checkpoint; half deleted, it is none."""
+    """Deletes a checkpoint, moved aside first: one that is half deleted is never resumed from."""
     part = Path(checkpoint).with_name("part")
     shutil.rmtree(part, ignore_errors=True)
     Path(checkpoint).rename(part)
@@ -104,7 +104,7 @@ def make_room(outputs, gigabytes, resumed):
     """Ends the run if `outputs` has no room for checkpoints of this size; discards those of a finished run."""
     if shutil.disk_usage(outputs).free < gigabytes * (1 if resumed else 3) * 1e9:
         fail(
-            f"Too little is free in {outputs}, for checkpoints of {gigabytes:.2f} GB: make room, or choose another "
+            f"Not enough disk space in {outputs} for checkpoints of {gigabytes:.2f} GB: make room, or choose another "
             "folder with --output_dir."
         )
     if not resumed:

@@ -1,6 +1,6 @@
-"""What has to be so before the large libraries are imported: their environment, their warnings, and who speaks.
+"""What has to be set before the large libraries are imported: environment, warnings, and which process prints.
 
-Wraps no step. No telemetry, no noise, one voice of several processes, and Ctrl-C that leaves at once and silently.
+Wraps no step. No telemetry, no noise, output from one process only, and Ctrl-C that exits at once and silently.
 """
 
 import logging

@@ -5,8 +5,8 @@
     python -m qwen_vl_kit export outputs --push_to_hub --hub_model_id owner/name  # the adapter, on the hub
 
 Wraps `save`: when that has written the adapter, this does what the options of the same names ask for, in a process of
-its own. There the memory is free again, and transformers is as everybody has it (Unsloth changes it). What can't be
-done is said before training starts, by `prepare`.
+its own. There the memory is free again, and transformers is unpatched (Unsloth patches it). `prepare` reports what
+can't be done before training starts.
 """
 
 import argparse
@@ -69,8 +69,8 @@ def check_gguf(kind):
         sys.exit(f"--save_gguf takes one of {', '.join(GGUF_TYPES)}, not {kind!r}.")
     if not (torch.cuda.is_available() and find_spec("unsloth")):
         sys.exit(
-            "--save_gguf is done by Unsloth, which needs an NVIDIA GPU: there is none here. Without one, take "
-            "--save_merged true, and give its folder to llama.cpp's convert_hf_to_gguf.py."
+            "--save_gguf needs Unsloth, which needs an NVIDIA GPU: one of them is missing here. Instead, use "
+            "--save_merged true, and convert its folder with llama.cpp's convert_hf_to_gguf.py."
         )
 
 
@@ -82,9 +82,9 @@ def make_repository(name, private):
     try:
         HfApi().create_repo(name, private=private, exist_ok=True)
     except HFValidationError as error:
-        sys.exit(f"The hub takes no such name as {name!r}: {first_line(error)}")
+        sys.exit(f"The hub does not accept the name {name!r}: {first_line(error)}")
     except LocalTokenNotFoundError:
-        sys.exit("You are not logged in to the hub: hf auth login, with a token that may write, or set HF_TOKEN.")
+        sys.exit("You are not logged in to the hub: run hf auth login with a write token, or set HF_TOKEN.")
     except (HfHubHTTPError, HTTPError, OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         what = "Log in with a token that may write there: hf auth login" if status in (401, 403) else "Try again"
@@ -129,9 +129,9 @@ def told(what, *errors):
 def merge(outputs, metrics, dtype=None):
     """Writes `outputs/merged`: base and adapter as one model with 16-bit weights (or as `dtype` says).
 
-    The adapter was trained beside the 4-bit weights, so these, dequantized, are what it is added to: the original that
-    was once rounded to 4 bits is another model, on which it reads otherwise (docs/use.md). The folder only counts once
-    it reads held-out images, loaded afresh, as the adapter does; until then it is called `merged.part`.
+    The adapter was trained beside the 4-bit weights, so these, dequantized, are what it is added to: the original,
+    before rounding to 4 bits, is a different model, on which it reads differently (docs/use.md). The folder only counts
+    once it reads held-out images, loaded afresh, as the adapter does; until then it is called `merged.part`.
     """
     import torch
 
@@ -144,7 +144,7 @@ def merge(outputs, metrics, dtype=None):
     name = str(stored).removeprefix("torch.")
     if base_agrees >= SHARE[name] * len(files):  # the base would pass for the merged model
         sys.exit(
-            f"Not merged, as nothing could show that it worked: the base alone reads {base_agrees} of {len(files)} "
+            f"Not merged, as a check would prove nothing: the base alone reads {base_agrees} of {len(files)} "
             "held-out images as the adapter does. Train for longer."
         )
     kind = save_merged(load, stored, processor, outputs / "merged.part")
@@ -153,8 +153,8 @@ def merge(outputs, metrics, dtype=None):
     if agrees < SHARE[name] * len(files):
         instead = f"If only the rounding to {name} is to blame, this helps: {command_for(outputs)} --dtype float32"
         sys.exit(
-            f"Not merged: {said}; {SHARE[name]:.0%} are needed. What was made is in {outputs / 'merged.part'}, not to "
-            "be used." + f" {instead}" * (name != "float32")
+            f"Not merged: {said}; {SHARE[name]:.0%} are needed. The result is in {outputs / 'merged.part'}; do not "
+            "use it." + f" {instead}" * (name != "float32")
         )
     shutil.rmtree(outputs / "merged", ignore_errors=True)
     (outputs / "merged.part").replace(outputs / "merged")
@@ -189,9 +189,9 @@ def base_of(outputs):
     places = [Path(), *outputs.resolve().parents]
     base = next((str(at / name) for at in places if (at / name / "config.json").is_file()), name)
     if Path(name).is_absolute() and not Path(name).exists():
-        sys.exit(f"The base model {name} of this adapter is not at hand: there is no such folder. Was it moved?")
+        sys.exit(f"The base model {name} of this adapter was not found: put it back, or edit adapter_config.json.")
     tried = "" if Path(base).exists() else f" (no such folder in {Path.cwd()}, nor in one above {outputs})"
-    with told(f"The base model {name!r} of this adapter is not at hand{tried}", OSError, ValueError):
+    with told(f"The base model {name!r} of this adapter was not found{tried}", OSError, ValueError):
         AutoConfig.from_pretrained(base)
     return base
 
@@ -474,7 +474,7 @@ def parse(arguments, prog):
     parser.add_argument("--hub_private_repo", **flag, help="make that repository a private one")
     wanted = parser.parse_args([with_underscores(word) for word in arguments])
     if not (wanted.save_merged or wanted.save_gguf or wanted.push_to_hub):
-        parser.error("nothing to do: --save_merged, --save_gguf q8_0 or --push_to_hub (--help says more)")
+        parser.error("nothing to do: add --save_merged, --save_gguf q8_0 or --push_to_hub (see --help)")
     return wanted
 
 
@@ -505,6 +505,6 @@ def main(arguments, prog):
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        sys.exit("Not enough memory: a merge takes 2 bytes a parameter (7B: 17 GB), on the GPU or in RAM.")
+        sys.exit("Not enough memory: a merge takes 2 bytes per parameter (7B: 17 GB) of GPU memory or RAM. Free some.")
     except FloatingPointError as error:
         sys.exit(f"Not merged: {first_line(error)}.")

@@ -19,7 +19,7 @@ def metrics_of(outputs):
     file = outputs / "metrics.json"
     metrics = parsed(file, text_of(outputs, file))
     if missing := METRICS - {*metrics}:
-        sys.exit(f"{file} is not one that the script wrote: it lacks {', '.join(sorted(missing))}.")
+        sys.exit(f"{file} was not written by this script: it lacks {', '.join(sorted(missing))}.")
     return metrics
 
 
@@ -28,7 +28,7 @@ def predictions_of(outputs):
     file = outputs / "predictions.jsonl"
     rows = [parsed(file, line) for line in text_of(outputs, file).splitlines()]
     if not rows or any(READING - {*row.get("before", ())} or READING - {*row.get("after", ())} for row in rows):
-        sys.exit(f"{file} is not one that this version of the script wrote: each reading needs {sorted(READING)}.")
+        sys.exit(f"{file} was not written by this version of the script: each reading needs {sorted(READING)}.")
     return rows
 
 

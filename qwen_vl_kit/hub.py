@@ -86,8 +86,8 @@ def load_processor(step, options):
     config, run.processor = load("model", name, get)
     if parallel.sharded and hasattr(config, "quantization_config"):
         fail(
-            f"{name} is stored in few bits, which FSDP can't share out: name the 16-bit model it was made from, such "
-            "as Qwen/Qwen2-VL-7B-Instruct. It gets its 4 bits when it is loaded."
+            f"{name} is stored quantized, which FSDP can't shard: name the 16-bit model it was made from, such as "
+            "Qwen/Qwen2-VL-7B-Instruct. It is quantized to 4 bits when it is loaded."
         )
     if not run.processor.chat_template:
         fail(f"{name} has no chat template: choose an instruction-tuned model (...-Instruct).")

@@ -34,8 +34,8 @@ def must_fit(task):
         free += torch.cuda.memory_reserved() if torch.cuda.is_available() else 0  # our own share
         fail(
             f"\nThere is not enough GPU memory for {task}: {free / 1e9:.1f} of {total / 1e9:.1f} GB are free for this "
-            "run. Close what else uses the GPU, leave micro-batches and gradient checkpointing to the script, or take "
-            "a smaller model, such as --model_name_or_path unsloth/Qwen2-VL-2B-Instruct-bnb-4bit"
+            "run. Close other programs on the GPU, leave micro-batches and gradient checkpointing to the script, or "
+            "use a smaller model, such as --model_name_or_path unsloth/Qwen2-VL-2B-Instruct-bnb-4bit"
         )
 
 

@@ -62,7 +62,7 @@ class Parser(TrlParser):
         usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
         super().__init__(classes, usage=usage, allow_abbrev=False)
         ours = help_of(classes)
-        for action in self._actions:
+        for action in self._actions:  # argparse has no public list of its options; TRL's parser reads this one, too
             action.help = ours.get(action.dest, action.help or "").replace(" %", " %%")
         self.set_defaults(**DEFAULTS)
 
@@ -101,8 +101,10 @@ def find_checkpoint(options):
 
 def read_options(step, options_class, arguments):
     options, extra, parser = parse(options_class, arguments)
+    if options.max_steps < 1 and not options.num_train_epochs > 0:
+        parser.error("--max_steps must be at least 1, unless --num_train_epochs is above 0")
     if options.num_test_rows < 1:
-        parser.error("--num_test_rows has to be 1 at least: without held-out rows nothing is proved")
+        parser.error("--num_test_rows must be at least 1: without held-out rows there is nothing to measure")
     if options.hub_token:  # the libraries take it from here, too; as an option it would be saved with checkpoints
         os.environ["HF_TOKEN"], options.hub_token = options.hub_token, None
     if options.eval_strategy != "no" and options.save_strategy != "no":  # the checkpoint of the lowest loss is kept

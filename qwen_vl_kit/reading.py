@@ -17,7 +17,7 @@ def read(step, samples, batch_size):
             if some := read_if_it_fits(step, batch, batch_size):
                 readings += some
                 bar.update(len(some))
-            else:  # only here, past the error, is what it was computing let go
+            else:  # memory is released only here, outside the except block
                 batch_size //= 2
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()

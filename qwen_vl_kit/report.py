@@ -127,7 +127,7 @@ def make_page(outputs, metrics, predictions, shown):
         len(predictions), metrics["after"]["formula_match"], metrics["before"]["formula_match"]
     )
     if seen := metrics.get("rows_of_seen_formulas"):
-        sentence += f" {seen} of the images show formulas that training images show too."
+        sentence += f" {seen} of the images show formulas that also appear in training images."
     return (
         Environment(autoescape=True)
         .from_string(template("report.html.j2"))

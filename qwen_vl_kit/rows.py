@@ -94,7 +94,7 @@ class Picture(Image):
 def load_splits(step, options):
     source = Path(options.dataset_name)
     if source.is_file() and source.suffix not in FILE_TYPES:
-        fail(f"{source} is none of {', '.join(FILE_TYPES)}. Name such a file, a folder, or a hub name.")
+        fail(f"{source} is not a supported file ({', '.join(FILE_TYPES)}). Name one, a folder, or a hub data set.")
     run.data_folder = source if source.is_dir() else source.parent if source.is_file() else Path(HF_HUB_CACHE)
     if source.is_file():
         splits = load_dataset(FILE_TYPES[source.suffix], data_files=str(source))
@@ -102,11 +102,11 @@ def load_splits(step, options):
         splits = load_dataset(options.dataset_name, options.dataset_config)
     if options.dataset_train_split not in splits:
         names = [*splits]
-        fail(f"{source} has no split {options.dataset_train_split!r}; --dataset_train_split takes one of {names}.")
+        fail(f"{source} has no split {options.dataset_train_split!r}; set --dataset_train_split to one of {names}.")
     columns = splits[options.dataset_train_split].column_names
     for option in ("image_column", "text_column"):
         if getattr(options, option) not in columns:
-            fail(f"{source} has no column {getattr(options, option)!r}; --{option} takes one of {columns}.")
+            fail(f"{source} has no column {getattr(options, option)!r}; set --{option} to one of {columns}.")
     try:
         return splits.cast_column(options.image_column, Image(decode=False)).cast_column(
             options.image_column, Picture()
@@ -123,7 +123,7 @@ def tokens_of(picture, text):
     return len(run.processor(text=[sample], images=[[picture]], add_special_tokens=False).input_ids[0])
 
 
-def examine(row, options, held_out):
+def examine(row, options, held_out, special_tokens):
     """The image of a row and the digest of its pixels. Raises Unusable with the reason if the row can't be used."""
     text = row[options.text_column]
     if not isinstance(text, str | None):
@@ -132,8 +132,7 @@ def examine(row, options, held_out):
         raise Unusable("no text")
     if len(text) > run.extra.max_characters:
         raise Unusable(f"text of more than {run.extra.max_characters:,} characters")
-    special = (token.content for token in run.processor.tokenizer.added_tokens_decoder.values() if token.special)
-    if any(token in text for token in special):
+    if any(token in text for token in special_tokens):
         raise Unusable("text with special tokens of the model")
     try:
         picture = open_image(image_bytes(row[options.image_column], run.data_folder))
@@ -172,6 +171,8 @@ def choose_rows(step, rows, wanted, held_out, options):
     same_split = not first and rows.split == run.test_rows.split
     total = len(rows) if isinf(wanted) else min(wanted, len(rows))
     lengths, digests, skipped, examined = {}, set(), [], set()
+    added = run.processor.tokenizer.added_tokens_decoder.values()
+    special_tokens = [token.content for token in added if token.special]
     with tqdm(desc=f"Checking {kind} rows", total=total, leave=False) as bar:
         for number in random.Random(options.seed).sample(range(len(rows)), len(rows)):
             if len(lengths) >= wanted:
@@ -181,7 +182,7 @@ def choose_rows(step, rows, wanted, held_out, options):
             examined.add(number)
             row = rows[number]
             try:
-                picture, digest = examine(row, options, held_out)
+                picture, digest = examine(row, options, held_out, special_tokens)
             except Unusable as reason:
                 skipped.append({"row": number, "split": str(rows.split), "reason": str(reason)})
                 continue
@@ -212,5 +213,5 @@ def order_rows(step, lengths, options):
     seen = sum(formula in known for formula in formulas(run.test_rows, run.test_numbers))
     run.notes["rows_of_seen_formulas"] = seen
     if seen:
-        print(f"{seen} of the held-out images show formulas that other images in training show, too")
+        print(f"{seen} of the held-out images show formulas that also appear in training images")
     return run.order

@@ -1,4 +1,4 @@
-"""What is known of the run at hand, in one place: each room notes here what others need, and where they read it."""
+"""The state of the current run: each room stores here what other rooms need to read."""
 
 options = None  # the script's Options, as soon as they are read
 extra = None  # options.ExtraOptions: those that only the kit has

@@ -30,7 +30,7 @@ SCORES = {
     "exact_match": Score("exact match", "the same characters, spaces aside", False, ".1%"),
     "formula_match": Score("formula match", "the same formula, however it is spelled", False, ".1%"),
     "is_latex": Score("is LaTeX", "can be typeset at all", False, ".1%"),
-    "cut": Score("cut off", "still going on at the length limit", True, ".1%"),
+    "cut": Score("cut off", "stopped by the length limit", True, ".1%"),
 }
 SHARES = ("exact_match", "formula_match", "is_latex", "cut")  # those that are a share of the rows
 

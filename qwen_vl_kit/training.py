@@ -35,8 +35,8 @@ def layouts(batch, size, times, recompute, processes=1):
     """How an optimizer step can be split: [(samples at once, micro-batches, whether activations are recomputed), ...].
 
     `batch` are its samples in all processes; `size`, `times` and `recompute` are parts of a layout that the user has
-    set, or None. The fastest come first: keeping the activations of a quarter at once is slower than recomputing those
-    of all, and takes more memory. Raises ValueError with a sentence where there is none.
+    set, or None. The fastest come first: a quarter of the samples at once, activations kept, is slower than all at
+    once, recomputed, and takes more memory. Raises ValueError with a sentence if there is no such split.
     """
     if batch is None and not (size or times):
         batch = 8
@@ -114,7 +114,7 @@ class Stopper(TrainerCallback):
         self.told = number
         signal.signal(number, self.handlers[number])
         if int(os.environ.get("RANK", 0)) == 0:
-            print("\nStopping after this step, to save it. Once more, and it stops at once.", file=sys.stderr)
+            print("\nStopping after this step, to save it. Interrupt again to stop at once.", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.asked = self.told  # not one variable: a signal can come while this is exchanged, and must not be lost
@@ -129,10 +129,10 @@ class Stopper(TrainerCallback):
 
 
 class Rehearsal(TrainerCallback):
-    """Takes the longest samples once before training, to see whether the memory of every process suffices.
+    """Runs the longest samples once before training, to see whether every process has enough memory.
 
-    So it runs short at once or not at all. In training, of several processes the others would wait for ever for one
-    that gave up in the middle of a step.
+    This way memory runs out at once or not at all. If one of several processes gave up in the middle of a training
+    step, the others would wait for it forever.
     """
 
     def __init__(self, trainer):
@@ -201,7 +201,7 @@ class Trainer(WholeCheckpoints, SFTTrainer):
     def _get_grad_norm(self, *args, **kwargs):
         # Private (transformers 5.17): where callbacks are told the norm, the step has been taken.
         norm = super()._get_grad_norm(*args, **kwargs)
-        # In fp16, the gradients are scaled up as far as they can be: what is too far is tried again with less.
+        # In fp16, gradients are scaled up as far as possible: on overflow, the scaler tries again with a lower scale.
         scaler = self.accelerator.scaler
         if scaler is None or scaler.get_scale() < 1:
             self.must_be_finite("gradient", norm)
@@ -215,12 +215,13 @@ class Trainer(WholeCheckpoints, SFTTrainer):
             self.bar.close()
             fail(
                 f"\nThe {what} of step {self.state.global_step + 1} is {float(value)}: nothing was learned from it. "
-                f"Look at its training rows, {rows}, and lower --learning_rate. {how_to_resume(self.args.output_dir)}"
+                f"Look at its training rows, {rows}, or start again with a lower --learning_rate. "
+                f"{how_to_resume(self.args.output_dir)}"
             )
 
 
 class Attempts:
-    """Trains with the fastest layout that fits into memory; all else is asked of the trainer at work.
+    """Trains with the fastest layout that fits into memory; everything else is passed on to the current trainer.
 
     `make` makes a trainer of a class, with the options as they are by then.
     """

@@ -41,7 +41,7 @@ def test_held_out_images_are_never_trained_on(tmp_path):
     rows.remove_columns("text").add_column("text", ["x + y"] * 60).to_parquet(tmp_path / "rows.parquet")
     ended = run(*options)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "6 of the held-out images show formulas that other images in training show, too" in ended.stdout
+    assert "6 of the held-out images show formulas that also appear in training images" in ended.stdout
     assert json.loads((tmp_path / "metrics.json").read_text())["rows_of_seen_formulas"] == 6
 
 

@@ -212,7 +212,7 @@ def test_a_second_signal_ends_it_at_once(tiny, tmp_path):
         assert wait_for(lambda: steps(folder), process)
         assert wait_for(lambda: list((folder / "part").glob("checkpoint-*")), process)
         process.send_signal(signal.SIGINT)
-        assert wait_for(lambda: "Once more" in said(folder), process)
+        assert wait_for(lambda: "Interrupt again" in said(folder), process)
         process.send_signal(signal.SIGINT)
         assert process.wait(5) == -signal.SIGINT
     assert "Traceback" not in said(folder) and "Stopped" not in said(folder)
@@ -252,7 +252,7 @@ def test_runs_do_not_overwrite_one_another(tiny, whole, tmp_path):
     before = digests(folder)
     ended = run(*other, "--output_dir", folder, "--resume_from_checkpoint", "true")
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "has finished already, after 6 steps" in ended.stdout
+    assert "has already finished, after 6 steps" in ended.stdout
     assert digests(folder) == before
     assert not (folder / "README.md").exists(), "TRL's own card"
 

@@ -96,7 +96,7 @@ def test_files(outputs):
     assert before == {name: (outputs / name).read_text() for name in before}, "a second report is another one"
     assert not list(outputs.rglob("*.part"))
     assert "\nformula match" in make(outputs)
-    assert "5 of the images show formulas that training images show too" in (outputs / "report.html").read_text()
+    assert "5 of the images show formulas that also appear in training images" in (outputs / "report.html").read_text()
 
 
 def test_model_card(outputs):

@@ -290,7 +290,7 @@ def test_foreign_files_in_the_adapter_s_folder_are_not_pushed(place, hub, tmp_pa
 SENTENCES = {
     "a push without a name": (["--push_to_hub", "true"], "--hub_model_id"),
     "a push without a login": (["--push_to_hub", "true", "--hub_model_id", "somebody/other"], "hf auth login"),
-    "a name that the hub can't take": (["--push_to_hub", "true", "--hub_model_id", "a//b"], "no such name"),
+    "a name that the hub can't take": (["--push_to_hub", "true", "--hub_model_id", "a//b"], "does not accept the name"),
     "an unknown kind of GGUF": (["--save_gguf", "q1"], "q8_0"),
 }
 if not torch.cuda.is_available():
@@ -357,11 +357,11 @@ BROKEN = {
     "another adapter": (lambda run: of_another_rank(run / "adapter/adapter_model.safetensors"), "does not fit"),
     "a base that was moved": (
         lambda run: changed(run / "adapter/adapter_config.json", base_model_name_or_path="/nowhere/base"),
-        "The base model /nowhere/base of this adapter is not at hand: there is no such folder",
+        "The base model /nowhere/base of this adapter was not found: put it back",
     ),
     "a base elsewhere": (
         lambda run: changed(run / "adapter/adapter_config.json", base_model_name_or_path="nowhere/base"),
-        f"The base model 'nowhere/base' of this adapter is not at hand (no such folder in {ROOT}, nor in one above",
+        f"The base model 'nowhere/base' of this adapter was not found (no such folder in {ROOT}, nor in one above",
     ),
 }
 
