@@ -99,12 +99,21 @@ def find_checkpoint(options):
     return checkpoint
 
 
+def check_numbers(options, error):
+    """Calls `error` with a sentence for a number that no run can have."""
+    if options.num_train_epochs < 0 or (options.max_steps < 1 and not options.num_train_epochs):
+        error("--max_steps must be at least 1, unless --num_train_epochs is above 0")
+    if options.num_test_rows < 1:
+        error("--num_test_rows must be at least 1: without held-out rows there is nothing to measure")
+    for name in ("test_batch_size", "max_new_tokens", "lora_r", "min_pixels", "max_pixels", "max_length"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            error(f"--{name} must be at least 1, not {value}")
+
+
 def read_options(step, options_class, arguments):
     options, extra, parser = parse(options_class, arguments)
-    if options.max_steps < 1 and not options.num_train_epochs > 0:
-        parser.error("--max_steps must be at least 1, unless --num_train_epochs is above 0")
-    if options.num_test_rows < 1:
-        parser.error("--num_test_rows must be at least 1: without held-out rows there is nothing to measure")
+    check_numbers(options, parser.error)
     if options.hub_token:  # the libraries take it from here, too; as an option it would be saved with checkpoints
         os.environ["HF_TOKEN"], options.hub_token = options.hub_token, None
     if options.eval_strategy != "no" and options.save_strategy != "no":  # the checkpoint of the lowest loss is kept

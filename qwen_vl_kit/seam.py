@@ -5,7 +5,7 @@ argument is the step itself: it calls that before, after, between or in place of
 libraries, so they are imported when their step is first called, by then after Unsloth, which patches those libraries.
 """
 
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from importlib import import_module
 
 from qwen_vl_kit import environment
@@ -28,6 +28,12 @@ STEPS = {
 }
 
 
+@cache
+def rooms():
+    """All rooms of STEPS, {name: module}: what one of them lacks is noticed at the first step, not after training."""
+    return {name: import_module(f"qwen_vl_kit.{name}") for names in STEPS.values() for name in names}
+
+
 def step(function):
     """Returns a step of the script, `function`, as the kit's rooms wrap it."""
 
@@ -35,7 +41,7 @@ def step(function):
     def wrapped(*arguments, **options):
         inner = function
         for room in STEPS[function.__name__]:
-            inner = partial(getattr(import_module(f"qwen_vl_kit.{room}"), function.__name__), inner)
+            inner = partial(getattr(rooms()[room], function.__name__), inner)
         return inner(*arguments, **options)
 
     return wrapped

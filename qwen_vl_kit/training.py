@@ -38,6 +38,8 @@ def layouts(batch, size, times, recompute, processes=1):
     set, or None. The fastest come first: a quarter of the samples at once, activations kept, is slower than all at
     once, recomputed, and takes more memory. Raises ValueError with a sentence if there is no such split.
     """
+    if any(number is not None and number < 1 for number in (batch, size, times)):
+        raise ValueError("--batch_size and the numbers that it is split into must be at least 1")
     if batch is None and not (size or times):
         batch = 8
     if batch is None:
@@ -76,7 +78,7 @@ def order_rows(step, lengths, options):
     for what in ("eval", "save", "logging"):
         if getattr(options, f"{what}_strategy") == "epoch":
             setattr(options, f"{what}_strategy", type(getattr(options, f"{what}_strategy"))("steps"))
-            setattr(options, f"{what}_steps", steps_of_epoch)
+            setattr(options, f"{what}_steps", min(steps_of_epoch, options.max_steps))
     return step(lengths, options)
 
 

@@ -59,6 +59,13 @@ CASES = {
     ),
     "a folder without a model": ([*SHORT, "--model_name_or_path", "DATA/model"], ["DATA/model", "config.json"]),
     "no steps": ([*SHORT, "--max_steps", "-1"], ["--max_steps", "--num_train_epochs"]),
+    "a negative number of epochs": ([*SHORT, "--num_train_epochs", "-1"], ["--num_train_epochs"]),
+    "an empty batch": ([*SHORT, "--batch_size", "0"], ["--batch_size", "at least 1"]),
+    "no image to read at once": ([*SHORT, "--test_batch_size", "0"], ["--test_batch_size must be at least 1"]),
+    "a batch that can't be split so": (
+        [*SHORT, "--per_device_train_batch_size", "3"],
+        ["--batch_size 8 can't be split", "--per_device_train_batch_size 3"],
+    ),
     "no held-out rows": ([*SHORT, "--num_test_rows", "0"], ["--num_test_rows", "at least 1"]),
     "no checkpoint to resume from": ([*SHORT, "--resume_from_checkpoint", "DATA/checkpoint-5"], ["no checkpoint DATA"]),
     "an unknown option with a secret": (["--token", "hf_secret"], ["option --token (--help"]),

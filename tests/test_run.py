@@ -187,3 +187,15 @@ def test_real_formulas(tmp_path):
     ended = run(*SHORT, "--output_dir", tmp_path, "--dataset_name", data)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert json.loads((tmp_path / "metrics.json").read_text())["rows"] == 6
+
+
+def test_a_kit_that_lacks_something_is_noticed_before_training(tmp_path):
+    """The script does not pass for alone, and no run of hours ends with it."""
+    shutil.copy(ROOT / "finetune_qwen_vl.py", tmp_path)
+    shutil.copytree(ROOT / "qwen_vl_kit", tmp_path / "qwen_vl_kit")
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    (tmp_path / "latex2mathml").mkdir()
+    (tmp_path / "latex2mathml" / "__init__.py").write_text("raise ModuleNotFoundError('no latex2mathml here')")
+    ended = run_alone(tmp_path, *SHORT)
+    assert ended.returncode == 1 and "no latex2mathml here" in ended.stderr
+    assert "rows to train on" not in ended.stdout and not (tmp_path / "outputs/demo/checkpoint-2").exists()
