@@ -2,7 +2,7 @@
 
 The script marks a function with `@step`, and a room that wants to wrap it has a function of the same name, whose first
 argument is the step itself: it calls that before, after, between or in place of its own work. Rooms import the large
-libraries, so they are imported when their step is first called, by then after Unsloth, which patches those libraries.
+libraries, so they are imported when the first step is called, by then after Unsloth, which patches those libraries.
 """
 
 from functools import cache, partial, wraps
