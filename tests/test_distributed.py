@@ -125,6 +125,17 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(one, two, tmp_pat
         assert all(resumed[name].allclose(tensor, atol=1e-3) for name, tensor in whole.items())
 
 
+def test_two_processes_resumed_in_the_second_epoch_take_its_rows(tmp_path):
+    load_dataset("demo/data", split="train").select(range(28)).to_parquet(tmp_path / "rows.parquet")
+    options = (*OPTIONS[:-1], "--dataset_name", tmp_path / "rows.parquet", "--num_train_epochs", 2, "--save_steps", 2)
+    ended = launch(*options, "--output_dir", tmp_path / "whole", "--save_total_limit", 9)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    checkpoint = tmp_path / "whole" / "checkpoint-4"  # of three steps an epoch
+    ended = launch(*options, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", checkpoint)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert len(steps(tmp_path / "whole")) == 6 and steps(tmp_path / "resumed") == steps(tmp_path / "whole")
+
+
 def test_a_failure_in_one_ends_all(tmp_path):
     change = "if len(taken) == 3: raise ValueError('the third step fails')"
     ended = launch_uneven(tmp_path, change, *OPTIONS, tmp_path / "outputs")
