@@ -134,5 +134,5 @@ def read_options(step, options_class, arguments):
     run.options, run.extra = options, extra
     if options.process_index == 0:
         run.exports = export.prepare(options, extra)
-    run.notes = {"settings": {field.name: getattr(extra, field.name) for field in fields(extra)}}
+    run.notes["settings"] = {field.name: getattr(extra, field.name) for field in fields(extra)}
     return options
