@@ -1,10 +1,12 @@
-"""Checkpoints and results: there as a whole or not at all; one run in a folder.
+"""Checkpoints and results: there as a whole or not at all, and what is damaged is noticed.
 
-Wraps `save`; `training` makes its trainer out of `WholeCheckpoints`, and `options` asks `check` before a run starts. A
-full disk is told in a sentence, and nothing is lost by it or by a kill.
+Wraps `save`; `training` makes its trainer out of `WholeCheckpoints`, and `options` asks `find` and `check` before a run
+starts. A full disk is told in a sentence, and nothing is lost by it or by a kill.
 """
 
+import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -13,45 +15,167 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
-from qwen_vl_kit.sentences import fail
+from qwen_vl_kit.sentences import fail, first_line
+
+RECORD = "run.json"  # what a checkpoint was made of, and what its files are
+NO_OPTIMIZER = "it has no optimizer state, as --save_only_model leaves it"
 
 
-def check(outputs, checkpoint, max_steps, error):
+def check(outputs, checkpoint, error):
     """Calls `error` with a sentence if a run can't write to the folder `outputs`, or would overwrite an unfinished one.
 
-    `checkpoint` is what it resumes from, if anything. If that run has finished and taken its `max_steps`, this ends.
+    `checkpoint` is what it resumes from, if anything.
     """
     try:
         tempfile.TemporaryFile(dir=outputs).close()
     except OSError as reason:
         error(f"can't write to {outputs} ({reason.strerror}): choose another folder with --output_dir")
-    if int(os.environ.get("RANK", 0)) == 0:
-        put_back(outputs)  # where a run was killed between two renames
     if shutil.disk_usage(outputs).free < 1e8:
         error(f"less than 0.1 GB is free in {outputs}: make room, or choose another disk with --output_dir")
-    finished = outputs / "adapter" / "adapter_model.safetensors"  # what a run moves last, and nothing writes later
-    finished = finished.stat().st_mtime if finished.exists() else 0
-    unfinished = any(folder.stat().st_mtime > finished for folder in outputs.glob("checkpoint-*"))
     own = checkpoint and Path(checkpoint).resolve().parent == outputs.resolve()
-    if own and not unfinished:
-        state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
-        if 0 < max_steps <= state["global_step"]:
-            print(
-                f"The run in {outputs} has already finished, after {max_steps} steps. To continue it, raise --max_steps"
-            )
-            sys.exit()
+    unfinished = [folder for folder in in_steps(outputs) if not is_finished(outputs, folder)]
     if unfinished and not own:
         error(
             f"{outputs} holds a run that has not finished. Resume it with --resume_from_checkpoint true, or leave it "
             "and write to another folder with --output_dir"
         )
+    later = [folder for folder in in_steps(outputs) if own and step_of(folder) > step_of(checkpoint)]
+    if any(not damage(folder) for folder in later):
+        error(
+            f"{outputs} holds {later[-1].name}, later than {Path(checkpoint).name}: resume from that, or write what "
+            "follows the earlier one to another folder with --output_dir"
+        )
+
+
+def in_steps(outputs):
+    """The checkpoints in a folder, the earliest first."""
+    return sorted(Path(outputs).glob("checkpoint-*[0-9]"), key=step_of)
+
+
+def step_of(checkpoint):
+    return int(Path(checkpoint).resolve().name.rpartition("-")[2])
+
+
+def is_finished(outputs, checkpoint):
+    """Whether the results in `outputs` are those of the run that made this checkpoint, after it."""
+    try:
+        record = record_of(checkpoint)
+        run = json.loads((outputs / "metrics.json").read_text(encoding="utf-8"))["run"]
+        return run["id"] == record["id"] and run["steps"] >= record["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def check_steps(options, extra):
+    """Ends the program if a run that resumes has no step left to take, in a sentence, leaving all as it is."""
+    checkpoint, outputs = options.resume_from_checkpoint, Path(options.output_dir)
+    record = record_of(checkpoint)
+    if is_finished(outputs, checkpoint):
+        run = json.loads((outputs / "metrics.json").read_text(encoding="utf-8"))["run"]
+        stopped_early = run["steps"] < run["max_steps"]
+        if options.max_steps <= run["max_steps"] and not (stopped_early and more_patient(extra, record)):
+            more = "more --early_stopping_patience" if stopped_early else "more steps"
+            print(f"The run in {outputs} has already finished, after {run['steps']} steps. To continue, ask for {more}")
+            sys.exit()
+    if record["step"] > options.max_steps:
+        fail(
+            f"{checkpoint} has taken {record['step']} steps, more than the {options.max_steps} that are asked for: "
+            "raise --max_steps or --num_train_epochs."
+        )
+
+
+def more_patient(extra, record):
+    return (extra.early_stopping_patience or math.inf) > (record["settings"]["early_stopping_patience"] or math.inf)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What tells a whole checkpoint from a damaged one
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def digest_of(file):
+    """The SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while part := opened.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def seal(checkpoint, record):
+    """Writes `record`, what a checkpoint was made of, into it, with the size and digest of each of its files."""
+    files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file() and file.name != RECORD]
+    sizes = {str(file.relative_to(checkpoint)): [file.stat().st_size, digest_of(file)] for file in files}
+    record = {**record, "files": sizes}
+    record["digest"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    write_whole(checkpoint / RECORD, record)
+
+
+def write_whole(file, content):
+    """Writes JSON to a file, which is there as a whole or not at all."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def record_of(checkpoint):
+    """What `seal` was given. Raises ValueError, with the reason in words, if it isn't there or damaged."""
+    file = Path(checkpoint, RECORD)
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        digest = record.pop("digest")
+        if digest == hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest():
+            return record
+    except FileNotFoundError:
+        raise ValueError(f"{RECORD} is missing: it was interrupted, or not written by qwen_vl_kit") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        pass
+    raise ValueError(f"{RECORD} is damaged")
+
+
+def damage(checkpoint):
+    """What is wrong with a checkpoint, in words; an empty string if it is whole."""
+    try:
+        files = record_of(checkpoint)["files"]
+        for name, (size, digest) in files.items():
+            file = Path(checkpoint, name)
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size:,} bytes, not {size:,}"
+            if digest_of(file) != digest:
+                return f"the content of {name} has changed"
+        return "" if any(name.startswith("optimizer") for name in files) else NO_OPTIMIZER
+    except (ValueError, OSError) as error:
+        return first_line(error)
+
+
+def find(options, error):
+    """The whole checkpoint to resume from: the one that is named, for "true" the last one if there is any, or None."""
+    named, outputs = options.resume_from_checkpoint, Path(options.output_dir)
+    if not named or named.lower() == "false":
+        return None
+    if named.lower() != "true":
+        if wrong := damage(named) if Path(named).is_dir() else "there is no such folder":
+            error(f"can't resume from {named}: {wrong}. Name another one, or leave out --resume_from_checkpoint")
+        return named
+    damaged = {}
+    for folder in reversed(in_steps(outputs)):
+        if not (wrong := damage(folder)):
+            for one, why in damaged.items():
+                print(f"{one} is damaged ({why}): taking the one before it.")
+            return str(folder)
+        damaged[folder] = wrong
+    for one, why in damaged.items():
+        error(f"no checkpoint in {outputs} is whole ({one.name}: {why}). Start again in another --output_dir")
+    print(f"There is no checkpoint in {outputs} yet: starting from the beginning")
+    return None
 
 
 def how_to_resume(outputs):
     """What is safe, and what to type, in words."""
-    last = get_last_checkpoint(outputs)
+    last = next((folder for folder in reversed(in_steps(outputs)) if not damage(folder)), None)
     return f"{last} is whole: the same command with --resume_from_checkpoint true resumes from it." if last else ""
 
 
@@ -77,7 +201,7 @@ def saving(outputs, what):
             if file.is_file():
                 with file.open("rb+") as opened:
                     os.fsync(opened)
-        for new in sorted(part.iterdir(), reverse=True):  # the adapter last (see `check`)
+        for new in sorted(part.iterdir(), key=lambda new: new.name == "metrics.json"):  # that last (see `is_finished`)
             if (outputs / new.name).is_dir():
                 (outputs / new.name).rename(part / f"old {new.name}")
             new.replace(outputs / new.name)
@@ -101,20 +225,34 @@ def discard(checkpoint):
 
 
 def make_room(outputs, gigabytes, resumed):
-    """Ends the run if `outputs` has no room for checkpoints of this size; discards those of a finished run."""
+    """Ends the run if `outputs` has no room for checkpoints of this size. Discards those that are of no more use.
+
+    These are the ones of a finished run, and damaged ones that are later than the checkpoint to resume from.
+    """
     if shutil.disk_usage(outputs).free < gigabytes * (1 if resumed else 3) * 1e9:
         fail(
             f"Not enough disk space in {outputs} for checkpoints of {gigabytes:.2f} GB: make room, or choose another "
             "folder with --output_dir."
         )
-    if not resumed:
-        for folder in outputs.glob("checkpoint-*"):
+    own = resumed and Path(resumed).resolve().parent == outputs.resolve()
+    for folder in in_steps(outputs):
+        if not own or step_of(folder) > step_of(resumed):
             discard(folder)
+
+
+def bring_best(outputs, resumed):
+    """Copies the best checkpoint so far beside those to come, where a run resumes in another folder."""
+    best = json.loads(Path(resumed, "trainer_state.json").read_text(encoding="utf-8")).get("best_global_step")
+    source = Path(resumed).resolve().with_name(f"checkpoint-{best}")
+    if best and source.parent != outputs.resolve() and source.is_dir() and not damage(source):
+        with saving(outputs, source.name) as part:
+            shutil.copytree(source, part / source.name)
 
 
 class WholeCheckpoints:
     """Has a trainer write each checkpoint aside, and move it to its place when it is whole.
 
+    The trainer's own `describe()` returns the record that goes into it (see `record`).
     `_save_checkpoint` is private (transformers 5.17): callbacks are told of a checkpoint only when it is in its place.
     """
 
@@ -135,10 +273,12 @@ class WholeCheckpoints:
                 self.state.best_model_checkpoint = str(outputs / f"checkpoint-{best}")
             if best and self.args.should_save:
                 self.state.save_to_json(outputs / "part" / name / "trainer_state.json")
-            self.accelerator.wait_for_everyone()
+            self.accelerator.wait_for_everyone()  # all files of all processes are there
+            if self.args.should_save:
+                seal(outputs / "part" / name, self.describe())
         if self.args.should_save and (limit := self.args.save_total_limit):
-            best = self.state.best_model_checkpoint
-            for old in sort_checkpoints(outputs, use_mtime=True, best_model_checkpoint=best)[:-limit]:
+            others = [folder for folder in in_steps(outputs) if step_of(folder) != best]
+            for old in others[: -max(limit - bool(best), 1)]:
                 discard(old)
         self.accelerator.wait_for_everyone()
 

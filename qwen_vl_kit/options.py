@@ -10,10 +10,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
+from accelerate.utils import gather_object
+from transformers.trainer_utils import IntervalStrategy
 from trl import TrlParser
 
-from qwen_vl_kit import checkpoints, export, run
+from qwen_vl_kit import checkpoints, export, lock, record, run
 from qwen_vl_kit.sentences import fail
 
 # What the trainer's own defaults would make of a run: held-out losses and checkpoints every 500 steps, NaN hidden from
@@ -35,6 +36,8 @@ class ExtraOptions:
     max_characters: int = 4000  # leave out rows whose LaTeX is longer: it would fill the memory
     save_merged: bool = False  # at the end, also write base and adapters as one 16-bit model
     save_gguf: str | None = None  # at the end, also write that for llama.cpp and Ollama: q8_0, ...
+    num_validation_rows: int | None = None  # rows apart from both, for losses on the way; None: 64 with --eval_strategy
+    early_stopping_patience: int | None = None  # stop when so many losses on them in a row are no better
 
 
 def comments(settings_class):
@@ -89,18 +92,12 @@ def parse(options_class, arguments):
     return options, extra, parser
 
 
-def find_checkpoint(options):
-    """The checkpoint to resume from: what the option names, for "true" the last one if there is any, or None."""
-    checkpoint = options.resume_from_checkpoint
-    if checkpoint and checkpoint.lower() == "true":
-        checkpoint = get_last_checkpoint(options.output_dir)
-        there_is_none = f"There is no checkpoint in {options.output_dir} yet: starting from the beginning"
-        print(f"Resuming from {checkpoint}" if checkpoint else there_is_none)
-    return checkpoint
-
-
-def check_numbers(options, error):
+def check_numbers(options, extra, error):
     """Calls `error` with a sentence for a number that no run can have."""
+    if extra.early_stopping_patience is not None and extra.early_stopping_patience < 1:
+        error(f"--early_stopping_patience must be at least 1, not {extra.early_stopping_patience}")
+    if (extra.num_validation_rows or 0) < 0 or (extra.num_validation_rows == 0 and options.eval_strategy != "no"):
+        error("--num_validation_rows must be at least 1: losses on the way need rows of their own")
     if options.num_train_epochs < 0 or (options.max_steps < 1 and not options.num_train_epochs):
         error("--max_steps must be at least 1, unless --num_train_epochs is above 0")
     if options.num_test_rows < 1:
@@ -113,9 +110,13 @@ def check_numbers(options, error):
 
 def read_options(step, options_class, arguments):
     options, extra, parser = parse(options_class, arguments)
-    check_numbers(options, parser.error)
+    check_numbers(options, extra, parser.error)
     if options.hub_token:  # the libraries take it from here, too; as an option it would be saved with checkpoints
         os.environ["HF_TOKEN"], options.hub_token = options.hub_token, None
+    if extra.num_validation_rows or extra.early_stopping_patience:
+        options.eval_strategy = IntervalStrategy.STEPS if options.eval_strategy == "no" else options.eval_strategy
+    if extra.num_validation_rows is None:
+        extra.num_validation_rows = 0 if options.eval_strategy == "no" else 64
     if options.eval_strategy != "no" and options.save_strategy != "no":  # the checkpoint of the lowest loss is kept
         options.save_strategy, options.save_steps = options.eval_strategy, options.eval_steps
         options.load_best_model_at_end, options.metric_for_best_model, options.greater_is_better = True, "loss", False
@@ -125,13 +126,18 @@ def read_options(step, options_class, arguments):
         outputs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"can't write to {outputs} ({error.strerror}): choose another folder with --output_dir")
-    options.resume_from_checkpoint = checkpoint = find_checkpoint(options)
-    if checkpoint and not Path(checkpoint, "trainer_state.json").is_file():
-        parser.error(
-            f"there is no checkpoint {checkpoint} to resume from: start anew, without --resume_from_checkpoint"
-        )
-    checkpoints.check(outputs, checkpoint, 0 if options.num_train_epochs else options.max_steps, parser.error)
+    with options.main_process_first():
+        if options.process_index == 0:
+            lock.take(outputs, parser.error)
+            checkpoints.put_back(outputs)
+        options.resume_from_checkpoint = checkpoint = checkpoints.find(options, parser.error)
+    if len({*gather_object([checkpoints.step_of(checkpoint or "checkpoint-0")])}) > 1:
+        parser.error(f"not every process finds {checkpoint}: put --output_dir where all machines see it")
+    checkpoints.check(outputs, checkpoint, parser.error)
+    if checkpoint and not options.num_train_epochs:  # else how many steps that is depends on the rows
+        checkpoints.check_steps(options, extra)
     run.options, run.extra = options, extra
+    record.begin(options, extra, checkpoint, parser.error)
     if options.process_index == 0:
         run.exports = export.prepare(options, extra)
     run.notes["settings"] = {field.name: getattr(extra, field.name) for field in fields(extra)}

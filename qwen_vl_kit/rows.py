@@ -144,7 +144,7 @@ def examine(row, options, held_out, special_tokens):
         raise Unusable("image of one color")
     digest = hashlib.sha256(picture.tobytes()).digest()
     if digest in held_out:
-        raise Unusable("same image as a held-out row")
+        raise Unusable(f"same image as a held-out{' or validation' * bool(run.validation_set)} row")
     if options.max_length and tokens_of(picture, text) > options.max_length:
         raise Unusable(f"more than {options.max_length:,} tokens")
     return picture, digest
@@ -163,12 +163,12 @@ def report_skipped(skipped, kind, file):
             lines.writelines(json.dumps(row) + "\n" for row in skipped)
 
 
-def choose_rows(step, rows, wanted, held_out, options):
-    """The first call is for held-out rows, the second for those to train on."""
-    rows = rows.cast_column(options.image_column, Image(decode=False))
-    first = not held_out
-    kind = "held-out" if first else "training"
-    same_split = not first and rows.split == run.test_rows.split
+def pick(rows, wanted, excluded, options, kind, done=()):
+    """Looks for `wanted` usable rows, in an order that the seed decides, none with an image whose digest is `excluded`.
+
+    Returns {number: about tokens}, the digests of their images, and the numbers of all rows looked at. `done` are
+    numbers of rows to pass by. What is left out is reported as rows of this `kind`.
+    """
     total = len(rows) if isinf(wanted) else min(wanted, len(rows))
     lengths, digests, skipped, examined = {}, set(), [], set()
     added = run.processor.tokenizer.added_tokens_decoder.values()
@@ -177,30 +177,54 @@ def choose_rows(step, rows, wanted, held_out, options):
         for number in random.Random(options.seed).sample(range(len(rows)), len(rows)):
             if len(lengths) >= wanted:
                 break
-            if same_split and number in run.test_examined:
+            if number in done:
                 continue
             examined.add(number)
             row = rows[number]
             try:
-                picture, digest = examine(row, options, held_out, special_tokens)
+                picture, digest = examine(row, options, excluded, special_tokens)
             except Unusable as reason:
                 skipped.append({"row": number, "split": str(rows.split), "reason": str(reason)})
                 continue
-            lengths[number] = picture.width * picture.height / 28**2 + len(row[options.text_column]) / 2
+            text = row[options.text_column]
+            lengths[number] = picture.width * picture.height / 28**2 + len(text) / 2
             digests.add(digest)
+            run.digests[kind, number] = hashlib.sha256(digest + text.encode()).digest()[:16]
             bar.update()
     report_skipped(skipped, kind, Path(options.output_dir, "skipped.jsonl"))
-    if first:
-        run.test_rows, run.test_numbers, run.test_examined = rows, [*lengths], examined
-    else:
-        run.train_rows, run.lengths = rows, lengths
+    return lengths, digests, examined
+
+
+def choose_rows(step, rows, wanted, held_out, options):
+    """The first call is for held-out rows, the second for those to validate and to train on."""
+    decoded, rows = rows, rows.cast_column(options.image_column, Image(decode=False))
+    if not held_out:
+        run.digests = {}
+        lengths, digests, run.test_examined = pick(rows, wanted, held_out, options, "held-out")
+        run.test_rows, run.test_numbers = rows, [*lengths]
+        enough(options, "", lengths)
+        return lengths, digests
+    done = {*run.test_examined} if rows.split == run.test_rows.split else set()
+    run.train_rows, run.validation_set, apart = rows, None, held_out
+    if count := run.extra.num_validation_rows:
+        validation, digests, examined = pick(rows, count, held_out, options, "validation", done)
+        apart, done = held_out | digests, done | examined
+        run.validation_set = decoded.select([*validation])
+        if len(validation) < count:
+            enough(options, f" and {len(validation)} for validation (--num_validation_rows {count})", {})
+        print(f"{count} training rows are set aside for validation")
+    run.lengths, digests, _ = pick(rows, wanted, apart, options, "training", done)
+    enough(options, f" and {len(run.lengths)} others to train on", run.lengths)
+    return run.lengths, digests
+
+
+def enough(options, others, lengths):
+    """Ends the run if there are fewer held-out rows than asked for, or none in `lengths`."""
     if len(run.test_numbers) < options.num_test_rows or not lengths:
-        others = "" if first else f" and {len(lengths)} others to train on"
         fail(
             f"{options.dataset_name} has too few rows: {len(run.test_numbers)} to hold out (--num_test_rows "
             f"{options.num_test_rows}){others}. Lower --num_test_rows, or add data."
         )
-    return lengths, digests
 
 
 def order_rows(step, lengths, options):

@@ -16,10 +16,10 @@ environment.prepare()
 STEPS = {
     "split_batch": ["training", "parallel"],
     "read_options": ["options"],
-    "load_processor": ["hub"],
+    "load_processor": ["hub", "record"],
     "load_splits": ["rows", "hub", "parallel"],
     "choose_rows": ["rows"],
-    "order_rows": ["rows", "training"],
+    "order_rows": ["rows", "training", "record"],
     "load_model": ["models", "parallel", "memory", "hub"],
     "measure": ["memory"],
     "read": ["reading", "parallel"],

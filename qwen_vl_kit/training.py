@@ -7,7 +7,6 @@ it learns from a loss or a gradient that is not finite.
 
 import gc
 import heapq
-import json
 import math
 import os
 import signal
@@ -17,12 +16,14 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from transformers import TrainerCallback
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from qwen_vl_kit import run
-from qwen_vl_kit.checkpoints import WholeCheckpoints, how_to_resume, make_room
+from qwen_vl_kit import checkpoints, record, run
+from qwen_vl_kit.checkpoints import WholeCheckpoints, bring_best, how_to_resume, make_room
 from qwen_vl_kit.memory import TooLarge, is_shortage, must_fit
 from qwen_vl_kit.sentences import fail
 
@@ -94,7 +95,7 @@ class LossBar(ProgressCallback):
         if self.training_bar is not None and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
         elif self.training_bar is not None and "eval_loss" in logs:
-            self.training_bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
+            self.training_bar.write(f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}")
 
     def close(self):
         """Takes the bars off the terminal, so that nothing is drawn below a last sentence."""
@@ -163,12 +164,50 @@ class Rehearsal(TrainerCallback):
             raise TooLarge("the longest samples don't fit into memory")
 
 
+class Resumption(TrainerCallback):
+    """Has a run that resumes take its settings from its options, and only its state from the checkpoint.
+
+    An optimizer and a schedule are restored with the learning rate, weight decay, ... that they were saved with: those
+    of the options would be ignored.
+    """
+
+    def __init__(self, trainer, checkpoint):
+        self.trainer, self.outputs = trainer, Path(trainer.args.output_dir)
+        self.tokens = checkpoints.record_of(checkpoint)["tokens"]
+
+    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        self.trainer._total_train_tokens = self.tokens  # private (TRL 1.14): it would count from 0 again
+        for group, options in zip(optimizer.param_groups, self.trainer.asked, strict=True):
+            group.update(options, initial_lr=options["lr"])
+        if isinstance(lr_scheduler, LambdaLR):
+            rates, at = [options["lr"] for options in self.trainer.asked], lr_scheduler.last_epoch
+            now = [rate * factor(at) for rate, factor in zip(rates, lr_scheduler.lr_lambdas, strict=True)]
+            lr_scheduler.base_lrs, lr_scheduler._last_lr = rates, now  # private (torch 2.10): what the log shows
+            for group, rate in zip(optimizer.param_groups, now, strict=True):
+                group["lr"] = rate
+        best = self.outputs / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)
+        elif state.best_global_step:
+            print(f"{best.name}, the best so far, is gone: the best of the steps to come is kept.")
+            state.best_global_step = state.best_metric = state.best_model_checkpoint = None
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                saved = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+                callback.early_stopping_patience_counter = saved.get("early_stopping_patience_counter", 0)
+
+
 class Trainer(WholeCheckpoints, SFTTrainer):
     """TRL's trainer, for runs that are left alone."""
 
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
+    def __init__(self, *arguments, train_dataset, eval_dataset=None, **options):
+        if eval_dataset is not None:
+            how = train_dataset.format
+            eval_dataset = run.validation_set.with_format(how["type"], **how["format_kwargs"])
+        super().__init__(*arguments, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
         self.bar = LossBar()
+        if run.extra.early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(run.extra.early_stopping_patience))
         if self.pop_callback(ProgressCallback):  # in a notebook it is another one, and there may be none
             self.add_callback(self.bar)
 
@@ -177,6 +216,11 @@ class Trainer(WholeCheckpoints, SFTTrainer):
         trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         if self.args.should_save:
             make_room(outputs, 12 * trainable / 1e9, resume_from_checkpoint)  # AdamW has two numbers for each parameter
+            if resume_from_checkpoint:
+                bring_best(outputs, resume_from_checkpoint)
+        self.accelerator.wait_for_everyone()
+        if resume_from_checkpoint:
+            self.add_callback(Resumption(self, resume_from_checkpoint))
         stopper = Stopper()
         self.add_callback(stopper)
         if (self.args.world_size > 1 or torch.cuda.is_available()) and not self.is_fsdp_enabled:
@@ -190,6 +234,35 @@ class Trainer(WholeCheckpoints, SFTTrainer):
             print(f"\nStopped after step {self.state.global_step}. {how_to_resume(outputs)}")
             sys.exit(128 + stopper.asked)
         return result
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        self.asked = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
+        return optimizer
+
+    def describe(self):
+        return record.at_step(self, run.record["seconds"] + time.perf_counter() - run.began)
+
+    def evaluation_loop(self, dataloader, *arguments, metric_key_prefix="eval", **options):
+        """The loss on all answers' tokens. The library's own is a mean over batches: it depends on their size."""
+        rows, sharded = dataloader.dataset, self.is_fsdp_enabled  # with weights in parts, all take every step together
+        mine = range(len(rows)) if sharded else range(self.args.process_index, len(rows), self.args.world_size)
+        size, loss, tokens = min(self.args.eval_batch_size, self.args.train_batch_size), 0.0, 0
+        self.model.eval()
+        for start in range(0, len(mine), size):
+            batch = self.data_collator([rows[at] for at in mine[start : start + size]])
+            answered = int((batch["labels"] != -100).sum())
+            with torch.no_grad(), self.accelerator.autocast():
+                loss += float(self.model(**self._prepare_inputs(batch)).loss) * answered
+            tokens += answered
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        sums = [(loss, tokens)] if sharded else gather_object([(loss, tokens)])
+        loss, tokens = (sum(part) for part in zip(*sums, strict=True))
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss / tokens}, len(rows))
+
+    def log(self, logs, start_time=None):
+        # The trainer's summary of a resumed run has the time of its last part beside the samples of all.
+        super().log({name: logs[name] for name in logs if not name.startswith("train_")}, start_time)
 
     def save_now(self):
         """Saves a checkpoint between two steps."""
@@ -235,14 +308,12 @@ class Attempts:
         return getattr(self.trainer, name)
 
     def train(self, resume_from_checkpoint=None):
-        started, checkpoint = time.perf_counter(), resume_from_checkpoint
-        state = Path(checkpoint or "", "trainer_state.json")
-        first_step = json.loads(state.read_text(encoding="utf-8"))["global_step"] if checkpoint else 0
+        run.began, checkpoint = time.perf_counter(), resume_from_checkpoint
         with must_fit("a training step"):
             while not (result := self.attempt(checkpoint, last=len(run.layouts) == 1)):
                 run.layouts = run.layouts[1:]
                 checkpoint = self.start_over(run.layouts[0]) or checkpoint
-        self.note(time.perf_counter() - started, first_step)
+        self.note()
         return result
 
     def attempt(self, checkpoint, last):
@@ -272,17 +343,29 @@ class Attempts:
         self.trainer = self.make(Trainer)
         return checkpoint
 
-    def note(self, seconds, first_step):
-        """Keeps and prints the time that training took (s), and the memory (GB, of the GPU that needed most)."""
+    def note(self):
+        """Keeps and prints the time that training took (s), and the memory (GB, of the GPU that needed most).
+
+        Both are of all parts of a run that was resumed; time that was lost with steps after a checkpoint is left out.
+        """
         batch, state = self.args.batch_size, self.state
-        speed = (state.global_step - first_step) * batch / seconds
+        seconds = run.record["seconds"] + time.perf_counter() - run.began
+        speed = state.global_step * batch / seconds
         numbers = {"train_runtime": seconds, "train_samples_per_second": speed, "samples": state.global_step * batch}
         memory = ""
         if torch.cuda.is_available():
-            numbers["peak_memory_gb"] = max(gather_object([torch.cuda.max_memory_reserved() / 1e9]))
+            here = max(gather_object([torch.cuda.max_memory_reserved() / 1e9]))
+            numbers["peak_memory_gb"] = max(here, run.record.get("peak_memory_gb", 0))
             memory = f", {numbers['peak_memory_gb']:.1f} GB of GPU memory at most"
+        parts = len(run.record["resumed"]) + 1
+        resumed = f" (in {parts} parts)" * (parts > 1)
+        if state.best_global_step and self.args.load_best_model_at_end:
+            numbers["best_step"] = state.best_global_step
+            print(f"The adapter is that of step {state.best_global_step}, of the lowest validation loss.")
         run.notes["train"] = numbers
-        print(f"Trained in {seconds:.0f} s, {speed:.1f} samples/s{memory}.")
+        run.notes["run"] = {"id": run.record["id"], "steps": state.global_step, "max_steps": self.args.max_steps}
+        run.notes["run"]["resumed"] = run.record["resumed"]
+        print(f"Trained in {seconds:.0f} s{resumed}, {speed:.1f} samples/s{memory}.")
 
 
 def make_trainer(step):

@@ -1,0 +1,163 @@
+"""What a run is made of: written down when it begins and in each checkpoint, compared when it resumes.
+
+Wraps `load_processor` (the base model) and `order_rows` (the data, and the rows trained on so far): a run that resumes
+with something else, which would make its result untrue, ends in a sentence before the model is loaded. What may change
+is named, on the terminal, in metrics.json and in the report.
+"""
+
+import hashlib
+import json
+from dataclasses import fields
+from datetime import datetime
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+
+from qwen_vl_kit import checkpoints, run
+from qwen_vl_kit.sentences import fail
+
+# What a resumed run must share with the run it resumes: with another seed or other rows, rows that were trained on
+# would be held out; other adapters or another optimizer can't take up the state; the rest is what the model learns.
+FIXED = (
+    "seed", "batch_size", "num_test_rows", "num_validation_rows", "instruction", "min_pixels", "max_pixels",
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "optim",
+)  # fmt: skip
+# Where a run is and how it was started is no part of it.
+LEFT_OUT = ("output_dir", "resume_from_checkpoint", "model_name_or_path", "run_name", "local_rank")
+
+
+def settings(options, extra):
+    """All options of a run, as JSON has them, but for those of LEFT_OUT."""
+    given = options.to_sanitized_dict() | {field.name: getattr(extra, field.name) for field in fields(extra)}
+    named = {field.name for field in (*fields(options), *fields(extra))} - {*LEFT_OUT}
+    return {name: value for name, value in given.items() if name in named}
+
+
+def begin(options, extra, checkpoint, error):
+    """Starts the record of this run, or takes up that of `checkpoint`; calls `error` with a sentence if it can't."""
+    asked = settings(options, extra)
+    if not checkpoint:
+        run.record = {"id": uuid4().hex, "settings": asked, "seconds": 0, "tokens": 0, "resumed": []}
+        return
+    run.resumed = old = checkpoints.record_of(checkpoint)
+    for name in FIXED:
+        if asked[name] != old["settings"].get(name):
+            then = json.dumps(old["settings"].get(name))
+            error(
+                f"{checkpoint} is of a run with --{name} {then}, not {json.dumps(asked[name])}: resume it with "
+                f"--{name} {then}, or start a new run in another --output_dir"
+            )
+    # Settings that are new in this version of the kit did not change.
+    changed = {name: [old["settings"][name], new] for name, new in asked.items() if name in old["settings"]}
+    changed = {name: values for name, values in changed.items() if values[0] != values[1]}
+    if old["processes"] != options.world_size:
+        changed["processes"] = [old["processes"], options.world_size]
+    resumed = [*old["resumed"], {"step": old["step"], "date": f"{datetime.now():%Y-%m-%d %H:%M}", "changed": changed}]
+    run.record = {**old, "settings": asked, "resumed": resumed}
+    said = "; ".join(f"{name} was {then}, is {now}" for name, (then, now) in changed.items())
+    print(f"Resuming from {checkpoint}" + f" ({said})" * bool(said))
+
+
+def must_equal(did, then, now, checkpoint):
+    """Ends the run if something is not as it was. Both are words for people, with a fingerprint in brackets behind."""
+    if then.rpartition(" ")[2] != now.rpartition(" ")[2]:
+        fail(
+            f"{checkpoint} {did} {then}, not {now}: resume it with the same, or start a new run in another "
+            "--output_dir."
+        )
+
+
+def load_processor(step, options):
+    processor = step(options)
+    base = f"{options.model_name_or_path} ({fingerprint_of_model(options.model_name_or_path)})"
+    if run.resumed:
+        must_equal("was trained from", run.resumed["base"], base, options.resume_from_checkpoint)
+    run.record["base"] = base
+    return processor
+
+
+def fingerprint_of_model(name):
+    """Of a hub name its commit. Of a folder a digest of its small files, and of 64 places in each large one.
+
+    Reading all of 6 GB would take as long as loading them; another training changes all layers.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        file = try_to_load_from_cache(name, "config.json")
+        return Path(file).parent.name[:12] if isinstance(file, str) else "unknown"
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".jinja", ".safetensors", ".txt"):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size} ".encode())
+            with file.open("rb") as opened:
+                for place in range(0, size, max(size // 64, 1 << 16)):
+                    opened.seek(place)
+                    digest.update(opened.read(1 << 16))
+    return digest.hexdigest()[:12]
+
+
+def fingerprint_of_texts(rows, column):
+    """A digest of all texts of a split, in their order."""
+    digest, texts = hashlib.sha256(), rows.select_columns(column)
+    for start in range(0, len(texts), 10_000):
+        digest.update(json.dumps(texts[start : start + 10_000][column], default=str).encode())
+    return digest.hexdigest()[:12]
+
+
+def order_rows(step, lengths, options):
+    order = step(lengths, options)
+    train, test = (
+        f"{len(rows):,} rows of {options.dataset_name} {split} ({fingerprint_of_texts(rows, options.text_column)})"
+        for rows, split in (
+            (run.train_rows, options.dataset_train_split),
+            (run.test_rows, str(run.test_rows.split)),
+        )
+    )
+    held_out = [[number, run.digests["held-out", number].hex()[:12]] for number in run.test_numbers]
+    now = {"train": train, "test": test, "held_out": held_out}
+    if old := run.resumed:
+        checkpoint, step_taken = options.resume_from_checkpoint, old["step"]
+        checkpoints.check_steps(options, run.extra)
+        must_equal("was trained on", old["train"], train, checkpoint)
+        must_equal("held out some of", old["test"], test, checkpoint)
+        if old["held_out"] != held_out:
+            fail(
+                f"{checkpoint} held out other images than this run would ({describe(old['held_out'])}, now "
+                f"{describe(held_out)}): bring back the data as it was, or start a new run in another --output_dir."
+            )
+        if old["seen"] != seen(step_taken):
+            fail(
+                f"The {step_taken * options.batch_size:,} samples that {checkpoint} was trained on can't be found in "
+                f"{options.dataset_name} again (digest {old['seen']}, now {seen(step_taken)}): bring back the data and "
+                "the limits of its rows as they were, or start a new run in another --output_dir."
+            )
+    run.record |= now
+    if options.process_index == 0:
+        checkpoints.write_whole(Path(options.output_dir, checkpoints.RECORD), run.record)
+    return order
+
+
+def describe(held_out):
+    numbers = [str(number) for number, _ in held_out[:3]]
+    digest = hashlib.sha256(json.dumps(held_out).encode()).hexdigest()[:12]
+    return f"{len(held_out)} rows, {', '.join(numbers)}, ..., digest {digest}"
+
+
+def seen(steps):
+    """A digest of the samples of the first `steps` steps, in their order."""
+    digest = hashlib.sha256()
+    for number in run.order[: steps * run.options.batch_size]:
+        digest.update(run.digests["training", number])
+    return digest.hexdigest()[:12]
+
+
+def at_step(trainer, seconds):
+    """The record of this run as it belongs into a checkpoint that `trainer` makes now, after `seconds` of training."""
+    step = trainer.state.global_step
+    now = {"step": step, "seen": seen(step), "seconds": seconds, "processes": trainer.args.world_size}
+    if torch.cuda.is_available():
+        now["peak_memory_gb"] = max(torch.cuda.max_memory_reserved() / 1e9, run.record.get("peak_memory_gb", 0))
+    return run.record | now | {"tokens": trainer._total_train_tokens}  # private (TRL 1.14)
