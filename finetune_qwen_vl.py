@@ -2,7 +2,6 @@
 # # Teach Qwen2-VL to read formulas
 # Fine-tune a 4-bit vision-language model with LoRA adapters to turn the picture of a formula into LaTeX, and measure
 # the difference on pictures it never trained on. Read it top to bottom, run it top to bottom:
-#
 # - on a GPU: `python finetune_qwen_vl.py`
 # - anywhere, in two minutes, without a network: `python finetune_qwen_vl.py --config demo/config.yaml`
 #
@@ -73,9 +72,8 @@ class Settings:
 
 # %% [markdown]
 # ## Libraries and options
-# This file alone is the whole recipe. With `qwen_vl_kit` beside it, the functions marked `@step` run faster, more
-# safely and on several GPUs, and compute the same. Alone, nothing checks options and rows, retries when memory or the
-# hub fails, or keeps checkpoints whole, and there is one GPU, no report and no export.
+# This file alone is the whole recipe. With `qwen_vl_kit` beside it, the functions marked `@step` run faster, on several
+# GPUs, and more safely: options, rows and checkpoints are checked, and there are a report and an export.
 
 # %%
 import json
@@ -92,6 +90,7 @@ else:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.exit("Alone, this file trains on one GPU: start it with python, or run it in a clone of its repository.")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the trainer would spread a step over all it sees
+    print("This file runs alone: on one GPU, with nothing checked.")
 
     def step(function):
         return function
@@ -111,7 +110,7 @@ from bitsandbytes.nn import Linear4bit
 from datasets import Image, load_dataset
 from peft import LoraConfig, get_peft_model
 from rapidfuzz.distance import Levenshtein
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TextStreamer
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, GenerationConfig, TextStreamer
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 
@@ -152,8 +151,7 @@ def read_options(options_class, arguments):
 in_notebook = "get_ipython" in globals()
 options = read_options(Options, NOTEBOOK_OPTIONS.split() if in_notebook else sys.argv[1:])
 if "7B" in options.model_name_or_path and not (torch.cuda.is_available() or Path(options.model_name_or_path).exists()):
-    needs = f"{options.model_name_or_path} needs an NVIDIA GPU with 10 GB of free memory, and there is none here."
-    sys.exit(f"{needs} To see everything work on this machine: python finetune_qwen_vl.py --config demo/config.yaml")
+    sys.exit("The 7B needs an NVIDIA GPU with 10 GB. Without one: python finetune_qwen_vl.py --config demo/config.yaml")
 outputs = Path(options.output_dir)
 outputs.mkdir(parents=True, exist_ok=True)
 dtype = torch.bfloat16 if options.bf16 else torch.float16 if options.fp16 else torch.float32
@@ -180,6 +178,7 @@ question = {"role": "user", "content": [{"type": "text", "text": options.instruc
 answer = {"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]}
 prompt = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
 end_of_turn = processor.apply_chat_template([question, answer], tokenize=False).rpartition("ANSWER")[2].strip()
+end_of_turn = end_of_turn or processor.tokenizer.eos_token  # some templates end no turn
 
 # %% [markdown]
 # ## Data
@@ -296,6 +295,8 @@ def load_model(options, dtype, device, storage="uint8"):
 
 
 model = load_model(options, dtype, options.device)
+base = model.generation_config  # of its beams, penalties, ... only the tokens stay
+base.update(**GenerationConfig(eos_token_id=base.eos_token_id, pad_token_id=base.pad_token_id).to_dict())
 trainable, total = model.get_nb_trainable_parameters()
 print(f"{options.model_name_or_path} on {options.device}: {trainable:,} of {total:,} parameters train")
 
@@ -312,9 +313,8 @@ def read(samples, batch_size):
     longest = max(len(tokens) for tokens in processor.tokenizer([truth + end_of_turn for truth in truths]).input_ids)
     limit, readings = max(longest, options.max_new_tokens), []  # no right answer is cut
     for start in range(0, len(samples), batch_size):
-        # Padded on the left, so that the answer follows the prompt. Formulas repeat themselves: no penalty for that.
-        inputs = encode(samples[start : start + batch_size]["image"], "left").to(model.device, dtype)
-        tokens = model.generate(**inputs, max_new_tokens=limit, do_sample=False, repetition_penalty=1.0, use_cache=True)
+        inputs = encode(samples[start : start + batch_size]["image"], "left").to(model.device, dtype)  # answers follow
+        tokens = model.generate(**inputs, max_new_tokens=limit, do_sample=False, use_cache=True)
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
         ended = torch.isin(tokens, torch.tensor(model.generation_config.eos_token_id, device=tokens.device)).any(dim=1)
         texts = processor.batch_decode(tokens, skip_special_tokens=True)

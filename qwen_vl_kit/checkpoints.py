@@ -115,7 +115,7 @@ def seal(checkpoint, record):
 def write_whole(file, content):
     """Writes JSON to a file, which is there as a whole or not at all."""
     part = file.with_name(f"{file.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
     part.replace(file)
 
 

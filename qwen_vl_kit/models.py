@@ -1,6 +1,7 @@
-"""Kernels, and the quirks of backends.
+"""Kernels, and the quirks of backends and architectures.
 
-Wraps `load_model`: loading is 7 s faster with Unsloth, and so is each step and each reading on a GPU.
+Wraps `load_processor` and `load_model`: loading is 7 s faster with Unsloth, and so is each step and each reading on a
+GPU. A model that would not learn where an answer begins or ends is refused.
 """
 
 import gc
@@ -10,6 +11,39 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from qwen_vl_kit import run
+from qwen_vl_kit.sentences import fail
+
+
+def rendered(processor, answer=None):
+    """A question and, if given, its answer, as the chat template writes them."""
+    chat = [{"role": "user", "content": [{"type": "text", "text": "QUESTION"}, {"type": "image"}]}]
+    if answer:
+        chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return processor.apply_chat_template(chat, add_generation_prompt=not answer, tokenize=False)
+
+
+def load_processor(step, options):
+    processor = step(options)
+    prompt = rendered(processor)
+    if prompt.count("<think>") > prompt.count("</think>"):
+        fail(
+            f"{options.model_name_or_path} opens a thought (<think>) before each answer, which the LaTeX would be part "
+            "of: choose a model that answers directly (...-Instruct)."
+        )
+    return processor
+
+
+def must_end(model, options):
+    """Ends the run if answers would be trained to end with something that does not end a reading."""
+    tokenizer = run.processor.tokenizer
+    end = rendered(run.processor, "ANSWER").rpartition("ANSWER")[2].strip() or tokenizer.eos_token
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    if not {*tokenizer(end or "", add_special_tokens=False).input_ids} & {*stops}:
+        fail(
+            f"{options.model_name_or_path} ends its turns with {end!r}, where generating does not stop: add its token "
+            "to eos_token_id in the model's generation_config.json."
+        )
 
 
 def fuse(layer):
@@ -31,6 +65,7 @@ def load_model(step, options, *arguments, **more):
     # Where PyTorch prefers cuDNN's attention (Hopper), it plans anew for every new size of an image or a text.
     torch.backends.cuda.enable_cudnn_sdp(False)
     model = step(options, *arguments, **more)
+    must_end(model, options)
     run.model = model
     run.notes["quantization"] = model.config.to_dict().get("quantization_config")
     if sys.modules.get("unsloth") and not options.lora_dropout:

@@ -36,7 +36,7 @@ class ExtraOptions:
     max_characters: int = 4000  # leave out rows whose LaTeX is longer: it would fill the memory
     save_merged: bool = False  # at the end, also write base and adapters as one 16-bit model
     save_gguf: str | None = None  # at the end, also write that for llama.cpp and Ollama: q8_0, ...
-    num_validation_rows: int | None = None  # rows apart from both, for losses on the way; None: 64 with --eval_strategy
+    num_validation_rows: int | None = None  # rows for losses on the way; None: num_test_rows, if wanted
     early_stopping_patience: int | None = None  # stop when so many losses on them in a row are no better
 
 
@@ -116,7 +116,7 @@ def read_options(step, options_class, arguments):
     if extra.num_validation_rows or extra.early_stopping_patience:
         options.eval_strategy = IntervalStrategy.STEPS if options.eval_strategy == "no" else options.eval_strategy
     if extra.num_validation_rows is None:
-        extra.num_validation_rows = 0 if options.eval_strategy == "no" else 64
+        extra.num_validation_rows = 0 if options.eval_strategy == "no" else options.num_test_rows
     if options.eval_strategy != "no" and options.save_strategy != "no":  # the checkpoint of the lowest loss is kept
         options.save_strategy, options.save_steps = options.eval_strategy, options.eval_steps
         options.load_best_model_at_end, options.metric_for_best_model, options.greater_is_better = True, "loss", False

@@ -10,6 +10,7 @@ import json
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
+from shlex import quote
 from uuid import uuid4
 
 import torch
@@ -24,8 +25,8 @@ FIXED = (
     "seed", "batch_size", "num_test_rows", "num_validation_rows", "instruction", "min_pixels", "max_pixels",
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "optim",
 )  # fmt: skip
-# Where a run is and how it was started is no part of it.
-LEFT_OUT = ("output_dir", "resume_from_checkpoint", "model_name_or_path", "run_name", "local_rank")
+# Where a run is and how it was started is no part of it; model and data are compared by what they are.
+LEFT_OUT = ("output_dir", "resume_from_checkpoint", "run_name", "model_name_or_path", "dataset_name")
 
 
 def settings(options, extra):
@@ -38,16 +39,16 @@ def settings(options, extra):
 def begin(options, extra, checkpoint, error):
     """Starts the record of this run, or takes up that of `checkpoint`; calls `error` with a sentence if it can't."""
     asked = settings(options, extra)
-    if not checkpoint:
-        run.record = {"id": uuid4().hex, "settings": asked, "seconds": 0, "tokens": 0, "resumed": []}
+    run.resumed = old = checkpoints.record_of(checkpoint) if checkpoint else None
+    if not old:
+        run.record = {"id": uuid4().hex, "settings": asked, "seconds": 0, "resumed": []}
         return
-    run.resumed = old = checkpoints.record_of(checkpoint)
     for name in FIXED:
         if asked[name] != old["settings"].get(name):
-            then = json.dumps(old["settings"].get(name))
+            then, now = (quote(str(value)) for value in (old["settings"].get(name), asked[name]))
             error(
-                f"{checkpoint} is of a run with --{name} {then}, not {json.dumps(asked[name])}: resume it with "
-                f"--{name} {then}, or start a new run in another --output_dir"
+                f"{checkpoint} is of a run with --{name} {then}, not {now}: resume it with --{name} {then}, or start "
+                "a new run in another --output_dir"
             )
     # Settings that are new in this version of the kit did not change.
     changed = {name: [old["settings"][name], new] for name, new in asked.items() if name in old["settings"]}

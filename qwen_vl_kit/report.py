@@ -103,6 +103,10 @@ def facts(outputs, metrics, predictions):
         "adapters": f"r {settings['lora_r']}, alpha {settings['lora_alpha']}, dropout {settings['lora_dropout']}",
         "seed": settings["seed"],
     }
+    if "best_step" in train:
+        run["adapter"] = f"that of step {train['best_step']:,}, of the lowest validation loss"
+    if resumed := metrics.get("run", {}).get("resumed"):
+        run["resumed"] = "; ".join(f"after step {part['step']:,}{changes(part['changed'])}" for part in resumed)
     if "train_runtime" in train:
         run["time"] = f"{train['train_runtime']:.0f} s, {train['train_samples_per_second']:.1f} samples/s"
     if "peak_memory_gb" in train:
@@ -112,6 +116,12 @@ def facts(outputs, metrics, predictions):
     if "versions" in metrics:
         run["versions"] = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     return run | {"date": f"{ended:%Y-%m-%d %H:%M}"}
+
+
+def changes(changed):
+    """What was changed when a run was resumed, in words."""
+    words = (f"{name} {shown_name(str(then))}, then {shown_name(str(now))}" for name, (then, now) in changed.items())
+    return f" ({', '.join(words)})" if changed else ""
 
 
 def what_both_show(metrics, run, rows):
@@ -227,13 +237,13 @@ def marked(text, other):
 
 
 def curve(log):
-    """The training log as a drawing of 480 x 200: losses, held-out losses and learning rates, and their ticks."""
-    losses, held_out, rates = (
+    """The training log as a drawing of 480 x 200: losses, validation losses and learning rates, and their ticks."""
+    losses, validation, rates = (
         [(entry["step"], entry[name]) for entry in log if name in entry]
         for name in ("loss", "eval_loss", "learning_rate")
     )
-    last = max([step for step, _ in losses + held_out], default=1)
-    most = max([loss for _, loss in losses + held_out if np.isfinite(loss)], default=1) or 1
+    last = max([step for step, _ in losses + validation], default=1)
+    most = max([loss for _, loss in losses + validation if np.isfinite(loss)], default=1) or 1
     fastest = max([rate for _, rate in rates], default=1) or 1
 
     def points(values, top):
@@ -241,7 +251,7 @@ def curve(log):
 
     return {
         "losses": points(losses, most),
-        "held_out": points(held_out, most),
+        "validation": points(validation, most),
         "rates": points(rates, fastest),
         "loss_ticks": ticks(most),
         "rate_ticks": ticks(fastest),

@@ -16,7 +16,7 @@ environment.prepare()
 STEPS = {
     "split_batch": ["training", "parallel"],
     "read_options": ["options"],
-    "load_processor": ["hub", "record"],
+    "load_processor": ["hub", "models", "record"],
     "load_splits": ["rows", "hub", "parallel"],
     "choose_rows": ["rows"],
     "order_rows": ["rows", "training", "record"],

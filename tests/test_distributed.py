@@ -134,6 +134,18 @@ def test_two_processes_resumed_in_the_second_epoch_take_its_rows(tmp_path):
     ended = launch(*options, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", checkpoint)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert len(steps(tmp_path / "whole")) == 6 and steps(tmp_path / "resumed") == steps(tmp_path / "whole")
+    # As one process for a step, and as two again.
+    one = (*options, "--output_dir", tmp_path / "one", "--save_steps", 1)
+    ended = run(*one, "--resume_from_checkpoint", checkpoint)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert steps(tmp_path / "one") == pytest.approx(steps(tmp_path / "whole"), rel=1e-4)
+    assert metrics(tmp_path / "one")["run"]["resumed"][0]["changed"]["processes"] == [2, 1]
+    ended = launch(
+        *options, "--output_dir", tmp_path / "back", "--resume_from_checkpoint", tmp_path / "one/checkpoint-5"
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert steps(tmp_path / "back") == pytest.approx(steps(tmp_path / "whole"), rel=1e-4)
+    assert [part["step"] for part in metrics(tmp_path / "back")["run"]["resumed"]] == [4, 5]
 
 
 def test_a_failure_in_one_ends_all(tmp_path):

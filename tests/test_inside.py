@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -271,3 +272,47 @@ def test_the_rule_of_the_script_alone_suits_the_card(free, asked, found, ran):
     ran["split_batch"].__wrapped__(options, free)
     assert tuple(getattr(options, name) for name in names[1:]) == found
     assert options.batch_size == found[0] * found[1]
+
+
+@pytest.fixture
+def altered(tmp_path):
+    """A function that copies the demo's base model, with its chat template and generation config changed."""
+
+    def alter(template=lambda text: text, **generation):
+        folder = shutil.copytree("demo/model", tmp_path / "model", dirs_exist_ok=True)
+        file = folder / "chat_template.jinja"
+        file.write_text(template(file.read_text()))
+        file = folder / "generation_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | generation))
+        return ("--model_name_or_path", folder, "--output_dir", tmp_path / "out")
+
+    return alter
+
+
+def test_a_template_that_ends_no_turn_teaches_the_end_of_the_text(altered):
+    names = execute(*SHORT, *altered(lambda text: text.replace("<|im_end|>", "")))
+    end = names["processor"].tokenizer.eos_token
+    assert names["end_of_turn"] == end and names["train_set"][0]["answer"].endswith(end)
+    assert names["collate"]([names["train_set"][0]])["labels"][0, -1] == names["processor"].tokenizer.eos_token_id
+
+
+def test_a_template_that_opens_a_thought_is_refused(altered, capsys):
+    opens = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
+    options = altered(lambda text: text.replace("{% if add_generation_prompt %}<|im_start|>assistant\n", opens))
+    with pytest.raises(SystemExit, match="opens a thought"):
+        execute(*SHORT, *options)
+
+
+def test_an_end_on_which_generating_does_not_stop_is_refused(altered):
+    with pytest.raises(SystemExit, match="where generating does not stop"):
+        execute(*SHORT, *altered(eos_token_id=5))
+
+
+def test_greedy_is_greedy_whatever_the_base_is_used_to(ran, altered):
+    habits = {"num_beams": 3, "no_repeat_ngram_size": 2, "length_penalty": 3.0, "suppress_tokens": [20, 21, 22]}
+    habits |= {"repetition_penalty": 1.5, "min_new_tokens": 9}
+    names = execute(*SHORT, *altered(**habits), "--num_test_rows", 12, "--max_steps", 1, "--learning_rate", 0)
+    plain = [reading["text"] for reading in ran["readings_before"]]
+    assert [reading["text"] for reading in names["readings_before"]] == plain
+    config = names["model"].generation_config
+    assert config.num_beams is config.top_k is config.temperature is None, "nor in what is streamed"

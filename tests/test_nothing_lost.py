@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 from transformers.trainer_utils import get_last_checkpoint
 
+from qwen_vl_kit.checkpoints import record_of, seal
+
 STEPS = 40
 
 
@@ -86,8 +88,7 @@ def state(checkpoint):
         parts["random"] = torch.load(checkpoint / "rng_state.pth", weights_only=True)
     parts["adapter"] = load_file(checkpoint / "adapter_model.safetensors")
     trainer = json.loads((checkpoint / "trainer_state.json").read_text())
-    # (TRL counts num_tokens anew when it goes on.)
-    parts["log"] = [{key: entry[key] for key in entry if key != "num_tokens"} for entry in trainer["log_history"]]
+    parts["log"] = trainer["log_history"]
     return parts
 
 
@@ -118,18 +119,33 @@ def assert_ended_alike(folder, whole):
     assert not (folder / "part").exists()
 
 
+@contextmanager
+def zygote(environment):
+    """A function that starts the script, with options and a log, and returns its process id and a way to its end."""
+    command = [sys.executable, ROOT / "tests/zygote.py"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+    def start(options, log):
+        process.stdin.write(json.dumps([[*map(str, options)], str(log)]) + "\n")
+        process.stdin.flush()
+        return int(process.stdout.readline()), lambda: int(process.stdout.readline())
+
+    yield start
+    process.stdin.close()
+    process.wait()
+
+
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments(tiny, whole, tmp_path):
+def test_twenty_kills_at_random_moments_while_another_tries_to_enter(tiny, whole, tmp_path):
     seed = int(os.environ.get("KILLS_SEED", random.randrange(10**6)))
     print("seed of the kills:", seed)
     chance, folder, part, kills = random.Random(seed), tmp_path / "out", tmp_path / "out" / "part", []
     environment = os.environ | {"PYTHONPATH": f"{slow_disk(tmp_path)}:{ROOT / 'tests'}"}
-    zygote = subprocess.Popen(
-        [sys.executable, ROOT / "tests/zygote.py"], cwd=ROOT, env=environment, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
     Path(f"{folder}.log").touch()
-    order = json.dumps([[*tiny, "--resume_from_checkpoint", "true", "--output_dir", str(folder)], f"{folder}.log"])
+    options = [*tiny, "--resume_from_checkpoint", "true", "--output_dir", folder]
+    # The other one would go on to rows that don't exist, where it found the folder free for a moment.
+    intruder, turned_away = [*options, "--dataset_name", "none.parquet"], 0
 
     def being_written():
         """The files in `part`, if this process has made it."""
@@ -138,42 +154,71 @@ def test_twenty_kills_at_random_moments(tiny, whole, tmp_path):
                 return [name for _, _, names in os.walk(part) for name in names]
         return []
 
-    while True:
-        before, start = steps(folder), time.time()
-        zygote.stdin.write(order + "\n")
-        zygote.stdin.flush()
-        process = int(zygote.stdout.readline())
-        kind = chance.choice(["any", "writing", "deleting"]) if len(kills) < 20 else None
-        delay, wanted, said_before, training = chance.uniform(0, 1), chance.randrange(2, 11), len(said(folder)), None
-        while kind:
-            files = being_written()
-            if not training and "Training " in said(folder)[said_before:]:
-                training = time.time()
-            if (
-                (
-                    kind == "any"
-                    and time.time() > (start + 5 * delay if delay < 0.2 else (training or start + 60) + delay)
-                )
-                or (kind == "writing" and len(files) >= wanted)
-                or (kind == "deleting" and steps(folder)[:1] > before[:1] and 0 < len(files) < wanted)
-                or "State:\tZ" in Path(f"/proc/{process}/status").read_text()
-            ):
-                os.kill(process, signal.SIGKILL)
-                kills.append((kind, len(being_written())))
+    with zygote(environment) as start_one, zygote(environment) as start_other:
+        while True:
+            before, start = steps(folder), time.time()
+            process, end = start_one(options, f"{folder}.log")
+            kind = chance.choice(["any", "writing", "deleting"]) if len(kills) < 20 else None
+            delay, wanted, said_before, training = (
+                chance.uniform(0, 1),
+                chance.randrange(2, 11),
+                len(said(folder)),
+                None,
+            )
+            enters, other_ends = start + chance.uniform(0, 2), None
+            log = tmp_path / f"other{len(kills)}"
+            while kind:
+                files = being_written()
+                if not training and "Training " in said(folder)[said_before:]:
+                    training = time.time()
+                if not other_ends and time.time() > enters:
+                    _, other_ends = start_other(intruder, log)
+                if (
+                    (
+                        kind == "any"
+                        and time.time() > (start + 5 * delay if delay < 0.2 else (training or start + 60) + delay)
+                    )
+                    or (kind == "writing" and len(files) >= wanted)
+                    or (kind == "deleting" and steps(folder)[:1] > before[:1] and 0 < len(files) < wanted)
+                    or "State:\tZ" in Path(f"/proc/{process}/status").read_text()
+                ):
+                    os.kill(process, signal.SIGKILL)
+                    kills.append((kind, len(being_written())))
+                    break
+                time.sleep(0.0005)
+            code = end()
+            if other_ends:
+                assert other_ends() in (1, 2), log.read_text()[-3000:]
+                reason = log.read_text().strip().splitlines()[-1]
+                assert "is using" in reason or "none.parquet" in reason, reason
+                turned_away += "is using" in reason
+            for step in steps(folder):  # each is as it was in the run that was not killed
+                assert same(state(folder / f"checkpoint-{step}"), state(whole / f"checkpoint-{step}")), (seed, kills)
+            assert max(before, default=0) <= max(steps(folder), default=0), (seed, kills)
+            if code == 0:
                 break
-            time.sleep(0.0005)
-        code = int(zygote.stdout.readline())
-        for step in steps(folder):  # each is as it was in the run that was not killed
-            assert same(state(folder / f"checkpoint-{step}"), state(whole / f"checkpoint-{step}")), (seed, kills)
-        assert max(before, default=0) <= max(steps(folder), default=0), (seed, kills)
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL, said(folder)[-3000:]
-    zygote.stdin.close()
-    zygote.wait()
-    print(kills)
+            assert code == -signal.SIGKILL, said(folder)[-3000:]
+    print(kills, turned_away)
     assert len(kills) >= 20 and sum(left > 0 for _, left in kills) >= 5, "too few kills while something was written"
+    assert turned_away >= 5, "the other one hardly ever met a run"
     assert_ended_alike(folder, whole)
+
+
+@pytest.mark.parametrize("seconds", [0, 3, 12])
+def test_a_second_run_is_told_who_has_the_folder_and_touches_nothing(seconds, tiny, tmp_path):
+    folder = tmp_path / "out"
+    endless = [*tiny, "--max_steps", "100000", "--save_steps", "1000"]
+    with started(endless, folder, slow=False) as first:
+        assert wait_for(lambda: (folder / ".holder.json").exists(), first)
+        time.sleep(seconds)
+        before = digests(folder)
+        ended = run(*tiny, "--output_dir", folder)
+        assert ended.returncode == 2 and "Traceback" not in ended.stderr
+        assert re.search(rf"a run \(process {first.pid} on \S+, since [\d: -]+\) is using {folder}: ", ended.stderr)
+        assert {*digests(folder)} >= {*before} and first.poll() is None
+    # Killed, it leaves the folder to the next.
+    ended = run(*tiny, "--max_steps", 2, "--output_dir", folder)
+    assert ended.returncode == 0, ended.stderr[-3000:]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -219,7 +264,8 @@ def test_a_second_signal_ends_it_at_once(tiny, tmp_path):
 
 
 def digests(folder):
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "skipped.jsonl"]
+    fleeting = ("skipped.jsonl", ".lock", ".holder.json")
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in fleeting]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).digest() for path in files}
 
 
@@ -357,7 +403,7 @@ def test_what_is_to_be_replaced_is_not_lost_between_two_renames(how, tmp_path):
         assert ended.stderr.splitlines()[-1].startswith("Could not save the results")
     else:  # the next run puts it back
         assert not (tmp_path / "adapter").exists()
-        check = "from qwen_vl_kit import checkpoints as c; import sys; c.check(c.Path(sys.argv[1]), None, 1, sys.exit)"
+        check = "from qwen_vl_kit import checkpoints as c; import sys; c.put_back(c.Path(sys.argv[1]))"
         checked = python(check, str(tmp_path))
         assert checked.returncode == 0, checked.stderr[-3000:]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_text() == "old"
@@ -431,6 +477,7 @@ def test_no_pickle_is_loaded(tiny, whole, tmp_path):
         (checkpoint / name).write_bytes(bad)
     for name in ("optimizer.pt", "rng_state.pth", "none"):
         (checkpoint / name).write_bytes(bad)
+        seal(checkpoint, record_of(checkpoint))  # whoever can write a pickle can write its digest, too
         ended = run(*tiny, "--output_dir", tmp_path, "--resume_from_checkpoint", "true")
         if name == "none":
             assert ended.returncode == 0, ended.stderr[-3000:]
