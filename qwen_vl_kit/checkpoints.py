@@ -152,24 +152,23 @@ def damage(checkpoint):
 
 
 def find(options, error):
-    """The whole checkpoint to resume from: the one that is named, for "true" the last one if there is any, or None."""
-    named, outputs = options.resume_from_checkpoint, Path(options.output_dir)
+    """The whole checkpoint to resume from, or None: the named one, or the last one in a named folder ("true": ours)."""
+    named = options.resume_from_checkpoint
     if not named or named.lower() == "false":
         return None
-    if named.lower() != "true":
-        if wrong := damage(named) if Path(named).is_dir() else "there is no such folder":
-            error(f"can't resume from {named}: {wrong}. Name another one, or leave out --resume_from_checkpoint")
-        return named
+    folder = Path(options.output_dir if named.lower() == "true" else named)
+    if not folder.is_dir():
+        error(f"there is no checkpoint {named} to resume from: name another, or leave out --resume_from_checkpoint")
     damaged = {}
-    for folder in reversed(in_steps(outputs)):
-        if not (wrong := damage(folder)):
+    for checkpoint in reversed(in_steps(folder) or [folder] * (named.lower() != "true")):
+        if not (wrong := damage(checkpoint)):
             for one, why in damaged.items():
                 print(f"{one} is damaged ({why}): taking the one before it.")
-            return str(folder)
-        damaged[folder] = wrong
+            return str(checkpoint)
+        damaged[checkpoint] = wrong
     for one, why in damaged.items():
-        error(f"no checkpoint in {outputs} is whole ({one.name}: {why}). Start again in another --output_dir")
-    print(f"There is no checkpoint in {outputs} yet: starting from the beginning")
+        error(f"can't resume from {folder}, which holds no whole checkpoint ({one.name}: {why}): start a new run")
+    print(f"There is no checkpoint in {folder} yet: starting from the beginning")
     return None
 
 

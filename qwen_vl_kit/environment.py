@@ -30,7 +30,7 @@ def prepare():
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "Could not find a config file")  # PEFT would ask the hub for the base model's
     warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator")
-    if "WORLD_SIZE" not in os.environ:  # the trainer would spread a step over all the GPUs it sees
+    if "LOCAL_RANK" not in os.environ:  # without a launcher, the trainer would spread a step over all the GPUs it sees
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if int(os.environ.get("RANK", 0)):  # launchers start a process for each GPU, and the first speaks for all
         sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"  # noqa: SIM115

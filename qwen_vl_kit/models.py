@@ -68,8 +68,10 @@ def load_model(step, options, *arguments, **more):
     must_end(model, options)
     run.model = model
     run.notes["quantization"] = model.config.to_dict().get("quantization_config")
+    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    vision = sum("vis" in name for name in adapted)
+    run.notes["adapted_layers"] = {"vision": vision, "language": len(adapted) - vision}
     if sys.modules.get("unsloth") and not options.lora_dropout:
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer):
-                fuse(layer)
+        for layer in adapted.values():
+            fuse(layer)
     return model

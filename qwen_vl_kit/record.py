@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from qwen_vl_kit import checkpoints, run
+from qwen_vl_kit.results import machine
 from qwen_vl_kit.sentences import fail
 
 # What a resumed run must share with the run it resumes: with another seed or other rows, rows that were trained on
@@ -38,10 +39,11 @@ def settings(options, extra):
 
 def begin(options, extra, checkpoint, error):
     """Starts the record of this run, or takes up that of `checkpoint`; calls `error` with a sentence if it can't."""
-    asked = settings(options, extra)
+    asked, here = settings(options, extra), machine()
+    here = {"processes": options.world_size, "hardware": here["hardware"], **here["versions"]}
     run.resumed = old = checkpoints.record_of(checkpoint) if checkpoint else None
     if not old:
-        run.record = {"id": uuid4().hex, "settings": asked, "seconds": 0, "resumed": []}
+        run.record = {"id": uuid4().hex, "settings": asked, "machine": here, "seconds": 0, "resumed": []}
         return
     for name in FIXED:
         if asked[name] != old["settings"].get(name):
@@ -53,10 +55,9 @@ def begin(options, extra, checkpoint, error):
     # Settings that are new in this version of the kit did not change.
     changed = {name: [old["settings"][name], new] for name, new in asked.items() if name in old["settings"]}
     changed = {name: values for name, values in changed.items() if values[0] != values[1]}
-    if old["processes"] != options.world_size:
-        changed["processes"] = [old["processes"], options.world_size]
+    changed |= {name: [then, here.get(name)] for name, then in old["machine"].items() if then != here.get(name)}
     resumed = [*old["resumed"], {"step": old["step"], "date": f"{datetime.now():%Y-%m-%d %H:%M}", "changed": changed}]
-    run.record = {**old, "settings": asked, "resumed": resumed}
+    run.record = {**old, "settings": asked, "machine": here, "resumed": resumed}
     said = "; ".join(f"{name} was {then}, is {now}" for name, (then, now) in changed.items())
     print(f"Resuming from {checkpoint}" + f" ({said})" * bool(said))
 
@@ -158,7 +159,7 @@ def seen(steps):
 def at_step(trainer, seconds):
     """The record of this run as it belongs into a checkpoint that `trainer` makes now, after `seconds` of training."""
     step = trainer.state.global_step
-    now = {"step": step, "seen": seen(step), "seconds": seconds, "processes": trainer.args.world_size}
+    now = {"step": step, "seen": seen(step), "seconds": seconds}
     if torch.cuda.is_available():
         now["peak_memory_gb"] = max(torch.cuda.max_memory_reserved() / 1e9, run.record.get("peak_memory_gb", 0))
     return run.record | now | {"tokens": trainer._total_train_tokens}  # private (TRL 1.14)

@@ -92,8 +92,8 @@ def facts(outputs, metrics, predictions):
     """What was run, as names and values for a table. What only the kit measures may be missing."""
     settings, train = metrics["settings"], metrics["train"]
     samples = f"{train['samples']:,} samples in " if "samples" in train else ""
-    # The images are what a later report leaves as it is.
-    ended = datetime.fromtimestamp((outputs / predictions[0]["image"]).stat().st_mtime)
+    # Without the kit, the images are what a later report leaves as it is.
+    ended = f"{datetime.fromtimestamp((outputs / predictions[0]['image']).stat().st_mtime):%Y-%m-%d %H:%M}"
     run = {
         "model": shown_name(settings["model_name_or_path"]),
         "data": shown_name(settings["dataset_name"]),
@@ -115,7 +115,7 @@ def facts(outputs, metrics, predictions):
         run["hardware"] = metrics["hardware"] + (f", {n} processes" if (n := metrics.get("processes", 1)) > 1 else "")
     if "versions" in metrics:
         run["versions"] = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
-    return run | {"date": f"{ended:%Y-%m-%d %H:%M}"}
+    return run | {"date": metrics.get("run", {}).get("ended", ended)}
 
 
 def changes(changed):
@@ -286,6 +286,7 @@ def make_card(metrics, shown):
         **{key: name for key, name in hub.items() if name == shown_name(name) and not Path(name).exists()},
     )
     filled = {"name": data.model_name, "instruction": settings["instruction"]} | shown
+    filled["layers"] = metrics.get("adapted_layers")
     return str(ModelCard.from_template(data, template_str=template("card.md.j2"), **filled))
 
 

@@ -14,19 +14,20 @@ from qwen_vl_kit import run
 PACKAGES = ["torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "pillow", "rapidfuzz"]
 
 
+def machine():
+    """What this process runs on, and with which versions: {"hardware": str, "versions": {package: version}}."""
+    unsloth = ["unsloth", "unsloth_zoo"] if sys.modules.get("unsloth") else []
+    cores = f"{os.cpu_count()} CPU cores"
+    return {
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cores,
+        "versions": {name: version(name) for name in PACKAGES + unsloth},
+    }
+
+
 def about(metrics):
     """`metrics` of the script with what the rooms have noted, the machine, and the versions."""
-    unsloth = ["unsloth", "unsloth_zoo"] if sys.modules.get("unsloth") else []
     notes = run.notes | {part: metrics[part] | run.notes[part] for part in ("settings", "train")}
-    return (
-        metrics
-        | notes
-        | {
-            "processes": run.options.world_size,
-            "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
-            "versions": {name: version(name) for name in PACKAGES + unsloth},
-        }
-    )
+    return metrics | notes | {"processes": run.options.world_size} | machine()
 
 
 def save(step, outputs, predictions, metrics):

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -167,8 +168,8 @@ class Rehearsal(TrainerCallback):
 class Resumption(TrainerCallback):
     """Has a run that resumes take its settings from its options, and only its state from the checkpoint.
 
-    An optimizer and a schedule are restored with the learning rate, weight decay, ... that they were saved with: those
-    of the options would be ignored.
+    An optimizer and a schedule are restored with the learning rate, weight decay, ... that they were saved with, and
+    the state of a trainer with when it saves, logs and evaluates: those of the options would be ignored.
     """
 
     def __init__(self, trainer, checkpoint):
@@ -176,6 +177,8 @@ class Resumption(TrainerCallback):
         self.tokens = checkpoints.record_of(checkpoint)["tokens"]
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        print(f"{state.global_step} of {state.max_steps} steps are done")
+        state.compute_steps(args, state.max_steps)
         self.trainer._total_train_tokens = self.tokens  # private (TRL 1.14): it would count from 0 again
         for group, options in zip(optimizer.param_groups, self.trainer.asked, strict=True):
             group.update(options, initial_lr=options["lr"])
@@ -364,7 +367,7 @@ class Attempts:
             print(f"The adapter is that of step {state.best_global_step}, of the lowest validation loss.")
         run.notes["train"] = numbers
         run.notes["run"] = {"id": run.record["id"], "steps": state.global_step, "max_steps": self.args.max_steps}
-        run.notes["run"]["resumed"] = run.record["resumed"]
+        run.notes["run"] |= {"resumed": run.record["resumed"], "ended": f"{datetime.now():%Y-%m-%d %H:%M}"}
         print(f"Trained in {seconds:.0f} s{resumed}, {speed:.1f} samples/s{memory}.")
 
 
