@@ -6,7 +6,7 @@
 
 Wraps `save`: when that has written the adapter, this does what the options of the same names ask for, in a process of
 its own. There the memory is free again, and transformers is unpatched (Unsloth patches it). `prepare` reports what
-can't be done before training starts.
+can't be done before anything is loaded. Wraps `load_model`: whether the disk can hold it is known when that has been.
 """
 
 import argparse
@@ -28,19 +28,24 @@ from pathlib import Path, PureWindowsPath
 from qwen_vl_kit import run as this_run
 from qwen_vl_kit.finished import (
     HUB_NAME,
+    NOTE,
     adapter_of,
+    adapter_sums,
     last_part,
     local_names,
     metrics_of,
     not_finished,
+    not_made_of,
+    note_of,
     parsed,
     predictions_of,
     text_of,
 )
 from qwen_vl_kit.sentences import first_line
 
+# And the bytes per parameter that one takes on the disk: the last three are made of an f16 one, which lies beside them.
 # What Unsloth offers beside these is for other kinds of models, or needs an importance matrix.
-GGUF_TYPES = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
+GGUF_TYPES = {"f16": 2, "bf16": 2, "q8_0": 1.1, "q6_k": 2.9, "q5_k_m": 2.8, "q4_k_m": 2.7}
 ROWS = 32  # held-out images that a merged model has to read as the adapter does
 # How many of them, at least. Rounding to 16 bits can tip the balance between two tokens that are nearly as likely.
 SHARE = {"float32": 1.0, "bfloat16": 0.95, "float16": 0.95}
@@ -143,13 +148,52 @@ def make_repository(name, private):
     return full
 
 
+def check_room(outputs, parameters, dtype="float16", save_merged=False, save_gguf=None, **_):
+    """Ends the program if the disk can't hold what is asked for of a model of so many parameters.
+
+    A merge that is there stays until the new one is whole; what a failed one has left goes first.
+    """
+    merged = {"float32": 4}.get(dtype, 2) * save_merged
+    needed = parameters * (merged + GGUF_TYPES.get(save_gguf, 0)) / 1e9
+    left = sum(file.stat().st_size for file in (outputs / "merged.part").glob("*"))
+    free = (shutil.disk_usage(outputs).free + left) / 1e9
+    if needed > free:
+        what = " and ".join(["the merged model"] * bool(save_merged) + ["GGUF files"] * bool(save_gguf))
+        sys.exit(
+            f"Not enough disk space in {outputs} for {what}: {needed:.2f} GB are needed, {free:.2f} GB are free. Make "
+            "room, or leave that for later: it can be made of the adapter at any time."
+        )
+
+
+def load_model(step, options, *arguments, **more):
+    model = step(options, *arguments, **more)
+    if this_run.exports:
+        merging = any(this_run.exports.get(name) for name in ("save_merged", "save_gguf"))
+        parameters = model.get_nb_trainable_parameters()[1]
+        check_room(Path(options.output_dir), parameters, **this_run.exports | {"save_merged": merging})
+    return model
+
+
 def save(step, outputs, predictions, metrics):
     step(outputs, predictions, metrics)
+    for sentence in outdated(outputs, **this_run.exports):
+        print(sentence)
     if this_run.exports:
         from qwen_vl_kit.memory import leave_gpu
 
         leave_gpu(this_run.model)
         run(outputs, **this_run.exports)
+
+
+def outdated(outputs, save_merged=False, save_gguf=None, **_):
+    """A sentence for each folder beside the adapter that was made of another one, and is not asked for now."""
+    kinds = note_of(outputs / "merged_gguf").get("types", ["q8_0"])
+    for name, asked, options in (
+        ("merged", save_merged or save_gguf, "--save_merged"),
+        ("merged_gguf", save_gguf, f"--save_gguf {kinds[0]}"),
+    ):
+        if (outputs / name).is_dir() and not asked and (why := not_made_of(outputs, name)):
+            yield f"{why}. To make it anew: {command_for(outputs, options)}"
 
 
 def run(outputs, **wanted):
@@ -188,6 +232,7 @@ def merge(outputs, metrics, dtype=None):
     import torch
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in the run: it plans anew for every size of an image or a text
+    made_of = adapter_sums(outputs)
     base, files, processor = sources(outputs)
     reader = partial(read, processor=processor, files=files, settings=metrics["settings"])
     computed, stored = precisions(metrics["settings"], dtype)
@@ -200,6 +245,9 @@ def merge(outputs, metrics, dtype=None):
             "held-out images as the adapter does. Train for longer."
         )
     kind = save_merged(load, stored, processor, outputs / "merged.part")
+    if adapter_sums(outputs) != made_of:
+        shutil.rmtree(outputs / "merged.part")
+        sys.exit(f"Not merged: another run has replaced {outputs / 'adapter'} meanwhile. Merge again.")
     agrees = agreement(by_adapter, read_merged(outputs / "merged.part", reader))
     said = f"it reads {agrees} of {len(files)} held-out images as the adapter does, the base alone {base_agrees}"
     if agrees < SHARE[name] * len(files):
@@ -209,13 +257,42 @@ def merge(outputs, metrics, dtype=None):
             f"Not merged: {said}; {SHARE[name]:.0%} are needed. The result is in {outputs / 'merged.part'}; do not "
             "use it." + f" {instead}" * (name != "float32")
         )
+    note = made_of | {"base": last_part(base) if Path(base).exists() else base, "dtype": name}
+    (outputs / "merged.part" / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(outputs / "merged", ignore_errors=True)
     (outputs / "merged.part").replace(outputs / "merged")
     print(f"Merged into {outputs / 'merged'}, in {name} ({base}, {kind}): {said}.")
 
 
+def why_merge(outputs, dtype):
+    """Why `outputs/merged` can't stand for the adapter beside it in this dtype (None: in any), in words; or None."""
+    from safetensors import SafetensorError, safe_open
+
+    merged = outputs / "merged"
+    if why := not_made_of(outputs):
+        return why
+    if dtype and (stored := note_of(merged).get("dtype")) != dtype:
+        return f"{merged} is in {stored}"
+    try:  # reads the headers, and sees whether files are as long as these say
+        for file in [*merged.glob("*.safetensors")] or [merged / "model.safetensors"]:
+            with safe_open(file, "numpy"):
+                pass
+    except (OSError, SafetensorError) as error:
+        return f"{merged} is damaged ({first_line(error)})"
+    return None
+
+
 def command_for(outputs, options):
     return f"python -m {__package__} export {shlex.quote(str(outputs))} {options}"
+
+
+def parameters_of(model):
+    """How many parameters a base model, stored in whatever way, or a merged one has. Nothing is loaded for that."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(model)).num_parameters()
 
 
 def sources(outputs):
@@ -344,10 +421,13 @@ def save_merged(load, dtype, processor, part):
     model, was_in_4bit = merged_model(load, dtype)
     model.generation_config = greedy(model.generation_config)
     shutil.rmtree(part, ignore_errors=True)
-    free = shutil.disk_usage(part.parent).free / 1e9
-    with told(f"Could not write {part}, with {free:.1f} GB free", OSError, SafetensorError):
+    free, needed = shutil.disk_usage(part.parent).free / 1e9, model.num_parameters() * dtype.itemsize / 1e9
+    try:
         model.save_pretrained(part)
         processor.save_pretrained(part)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)  # others need the disk, too
+        sys.exit(f"Could not write {part}: {first_line(error)}. {needed:.2f} GB are needed, {free:.2f} GB were free.")
     return "its 4-bit weights dequantized" if was_in_4bit else "as it is"
 
 
@@ -447,10 +527,19 @@ def free_memory():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def to_gguf(merged, kind):
-    """Lets Unsloth turn the folder `merged` into GGUF files, in `merged_gguf` beside it."""
+def to_gguf(outputs, kind):
+    """Lets Unsloth turn `outputs/merged` into GGUF files, in `merged_gguf` beside it.
+
+    Those of another adapter go when the new ones are there: lying side by side, they would be taken for one model's.
+    """
     from unsloth import FastVisionModel
 
+    merged, folder = outputs / "merged", outputs / "merged_gguf"
+    of_another = not_made_of(outputs, folder.name)
+    before = {file: file.stat().st_mtime_ns for file in folder.glob("*.gguf")}
+    types = {kind} if of_another else {kind, *note_of(folder).get("types", [])}
+    if of_another:  # from here on, files of both may lie there
+        (folder / NOTE).unlink(missing_ok=True)
     try:
         model, processor = FastVisionModel.from_pretrained(str(merged), load_in_4bit=False)
         model.save_pretrained_gguf(str(merged), processor, quantization_method=kind)
@@ -461,13 +550,15 @@ def to_gguf(merged, kind):
             f"Unsloth could not make a GGUF file: {first_line(error)}. It needs llama.cpp, which it downloads or "
             f"builds (network, git, cmake, a compiler), or finds where UNSLOTH_LLAMA_CPP_PATH says. {merged} is whole."
         )
-    print(f"The GGUF files are in {merged}_gguf.")
-
-
-def merged_before(outputs):
-    """Whether `outputs/merged` was made of the adapter that lies beside it now."""
-    merged = outputs / "merged"
-    return merged.is_dir() and merged.stat().st_mtime > (outputs / "adapter/adapter_model.safetensors").stat().st_mtime
+    for file, written in before.items():
+        if of_another and file.is_file() and file.stat().st_mtime_ns == written:
+            print(f"Deleting {file}: it was not made of this adapter.")
+            file.unlink()
+    if not folder.is_dir():  # on Kaggle, Unsloth takes a larger disk if this one is too small, and says where
+        return
+    note = json.dumps(note_of(merged) | {"types": sorted(types)}, indent=2)
+    (folder / NOTE).write_text(f"{note}\n", encoding="utf-8")
+    print(f"The GGUF files are in {folder}.")
 
 
 def push(outputs, metrics, name):
@@ -600,10 +691,8 @@ def main(arguments, prog):
     if wanted.push_to_hub:  # first, because it is soon done; what else is asked for needs no hub
         unpushed = push_or_why_not(outputs, metrics, wanted.hub_model_id, wanted.hub_private_repo)
     try:
-        if wanted.save_merged or (wanted.save_gguf and not merged_before(outputs)):
-            merge(outputs, metrics, wanted.dtype)
-        if wanted.save_gguf:
-            to_gguf(outputs / "merged", wanted.save_gguf)
+        if wanted.save_merged or wanted.save_gguf:
+            merge_and_convert(outputs, metrics, wanted)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -615,3 +704,21 @@ def main(arguments, prog):
             print(unpushed, file=sys.stderr)
     if unpushed:
         sys.exit(1)
+
+
+def merge_and_convert(outputs, metrics, wanted):
+    """Makes `merged` of the adapter, if it is not, and the GGUF files of that."""
+    dtype = str(precisions(metrics["settings"], wanted.dtype)[1]).removeprefix("torch.")
+    merged = outputs / "merged"
+    why = why_merge(outputs, dtype if wanted.save_merged else wanted.dtype)
+    if why or wanted.save_gguf:
+        parameters = parameters_of(base_of(outputs) if why else merged)
+        check_room(outputs, parameters, dtype, save_merged=bool(why), save_gguf=wanted.save_gguf)
+    if why and merged.is_dir():
+        print(f"{why}: merging anew.", flush=True)
+    if why:
+        merge(outputs, metrics, wanted.dtype)
+    elif wanted.save_merged:
+        print(f"{merged} was already made of this adapter, in {dtype}. To make it anew all the same, delete it.")
+    if wanted.save_gguf:
+        to_gguf(outputs, wanted.save_gguf)

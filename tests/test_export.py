@@ -10,14 +10,18 @@ import subprocess
 import sys
 import time
 import types
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPT
+import torch
+from conftest import ROOT, SCRIPT, run_changed
 from hub import Hub
+from safetensors.torch import load_file, save_file
 
 from qwen_vl_kit import export, finished, report
 from qwen_vl_kit import hub as hub_room
+from qwen_vl_kit import run as this_run
 
 MODEL, DATA = "acme//modell", "Zürich GmbH//geheime Daten/rows.parquet"  # as typed; `acme/modell` could be on the hub
 
@@ -228,3 +232,170 @@ def test_the_trainer_does_not_push_the_whole_folder(asking, tmp_path):
     options.hub_strategy = type(options.hub_strategy)("end")
     wanted = {"push_to_hub": True, "hub_model_id": "somebody/there"}
     assert export.prepare(options, extra) == wanted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Merges of this adapter, and of others
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def outputs(pushed, tmp_path, monkeypatch):
+    """A finished run whose merges pass their check: what is tried here is which of them are made."""
+    outputs = shutil.copytree(pushed.outputs, tmp_path / "outputs")
+    monkeypatch.setattr(export, "read_unmerged", lambda load, reader: (["x"] * 2, 0))
+    monkeypatch.setattr(export, "read_merged", lambda folder, reader: ["x"] * 2)
+    return outputs
+
+
+def merge(outputs, *options):
+    export.main([str(outputs), *(options or ["--save_merged"])], "export")
+
+
+def another_adapter(outputs):
+    """As a later run leaves it, but older than the merge, as one that was copied or put back is."""
+    file = outputs / "adapter/adapter_model.safetensors"
+    save_file({name: weight + 0.01 for name, weight in load_file(file).items()}, file)
+    os.utime(file, (0, 0))
+
+
+def test_a_merge_says_what_it_was_made_of(outputs, capsys, monkeypatch):
+    assert "there is no" in finished.not_made_of(outputs)
+    merge(outputs)
+    note = json.loads((outputs / "merged/made_of.json").read_text())
+    assert (note["base"], note["dtype"]) == ("modell", "float16")
+    assert finished.not_made_of(outputs) is None
+    (outputs / "adapter/adapter_model.safetensors").touch()  # newer than the merge, and the same
+    monkeypatch.setattr(export, "merge", None)
+    merge(outputs)
+    assert "was already made of this adapter, in float16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (another_adapter, "was made of another adapter (another adapter_model.safetensors): merging anew."),
+        (lambda run: changed(run / "adapter/adapter_config.json", lora_alpha=1), "(another adapter_config.json)"),
+        (
+            lambda run: (run / "merged/made_of.json").unlink(),
+            "does not say which adapter it was made of: merging",
+        ),
+        (lambda run: os.truncate(run / "merged/model.safetensors", 999), "is damaged ("),
+    ],
+)
+def test_what_is_not_this_adapter_s_merge_is_made_anew(change, words, outputs, capsys):
+    merge(outputs)
+    change(outputs)
+    merge(outputs)
+    assert words in capsys.readouterr().out
+    assert finished.not_made_of(outputs) is None and export.why_merge(outputs, "float16") is None
+
+
+def test_another_dtype_is_another_merge(outputs, capsys):
+    merge(outputs)
+    merge(outputs, "--save_merged", "--dtype", "bfloat16")
+    assert "merged is in float16: merging anew." in capsys.readouterr().out
+    assert {w.dtype for w in load_file(outputs / "merged/model.safetensors").values()} == {torch.bfloat16}
+    assert export.why_merge(outputs, None) is None
+
+
+def test_an_adapter_that_is_replaced_meanwhile_is_not_merged(outputs, monkeypatch):
+    save = export.save_merged
+    monkeypatch.setattr(export, "save_merged", lambda *a: (another_adapter(outputs), save(*a))[1])
+    with pytest.raises(SystemExit, match="Not merged: another run has replaced"):
+        merge(outputs)
+    assert not [*outputs.glob("merged*")]
+
+
+@pytest.fixture
+def unsloth(monkeypatch):
+    """What stands in for Unsloth and its GPU: it writes one file of the type that it is asked for, beside `merged`."""
+
+    class Model:
+        def from_pretrained(name, **_):
+            Model.weights = (Path(name) / "model.safetensors").read_bytes()
+            return Model, None
+
+        def save_pretrained_gguf(folder, processor, quantization_method):
+            Path(f"{folder}_gguf").mkdir(exist_ok=True)
+            (Path(f"{folder}_gguf") / f"{quantization_method}.gguf").write_bytes(Model.weights)
+
+    monkeypatch.setitem(sys.modules, "unsloth", types.SimpleNamespace(FastVisionModel=Model))
+    monkeypatch.setattr(export, "check_gguf", lambda kind: None)
+
+
+def test_gguf_files_are_made_of_this_adapter(outputs, unsloth, capsys):
+    merge(outputs, "--save_gguf", "q8_0")
+    merge(outputs, "--save_gguf", "f16")
+    made = {file.name for file in (outputs / "merged_gguf").iterdir()}
+    assert made == {"q8_0.gguf", "f16.gguf", "made_of.json"}
+    assert finished.not_made_of(outputs, "merged_gguf") is None
+    old = (outputs / "merged_gguf/f16.gguf").read_bytes()
+    another_adapter(outputs)
+    assert finished.not_made_of(outputs, "merged_gguf")
+    merge(outputs, "--save_gguf", "f16")
+    assert "merged was made of another adapter" in capsys.readouterr().out
+    assert (outputs / "merged_gguf/f16.gguf").read_bytes() != old, "an earlier run's merge"
+    assert not (outputs / "merged_gguf/q8_0.gguf").exists(), "an earlier run's"
+    assert finished.not_made_of(outputs, "merged_gguf") is None
+
+
+def test_a_run_says_what_lies_there_of_an_earlier_one(outputs, unsloth, capsys, monkeypatch):
+    merge(outputs, "--save_gguf", "f16")
+    capsys.readouterr()
+
+    def end_of_run():
+        export.save(lambda *_: None, outputs, [], {})
+        return capsys.readouterr().out.splitlines()
+
+    monkeypatch.setattr(this_run, "exports", {})
+    assert not end_of_run(), "all is of this adapter"
+    another_adapter(outputs)
+    merged, gguf = end_of_run()
+    assert merged.startswith(f"{outputs / 'merged'} was made of another adapter")
+    assert merged.endswith(f"python -m qwen_vl_kit export {outputs} --save_merged")
+    assert gguf.endswith(f"python -m qwen_vl_kit export {outputs} --save_gguf f16")
+    assert len([*export.outdated(outputs, save_merged=True)]) == 1 and not [*export.outdated(outputs, save_gguf="f16")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A disk that is too small
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_too_small_is_said_before_anything_is_loaded(outputs, monkeypatch):
+    merge(outputs)
+    parameters = export.parameters_of(outputs / "merged")
+    assert parameters == sum(weight.numel() for weight in load_file(outputs / "merged/model.safetensors").values())
+    assert parameters == export.parameters_of(export.base_of(outputs))
+    monkeypatch.setattr(export, "merge", None)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 3.9 * parameters))
+    with pytest.raises(SystemExit, match="disk space in .* for the merged model: .* GB are needed, .* GB are free"):
+        merge(outputs, "--save_merged", "--dtype", "float32")
+    (outputs / "merged.part").mkdir()
+    (outputs / "merged.part/left").write_bytes(b"x" * int(0.2 * parameters))  # is deleted first
+    export.check_room(outputs, parameters, "float32", save_merged=True)
+    with pytest.raises(SystemExit, match="the merged model and GGUF files"):
+        export.check_room(outputs, parameters, save_merged=True, save_gguf="q4_k_m")
+
+
+def test_a_run_says_so_when_it_knows_the_model(tiny, tmp_path):
+    big = "from peft import PeftModel; PeftModel.get_nb_trainable_parameters = lambda self: (1, 10**15)"
+    ended = run_changed(big, *tiny, "--output_dir", tmp_path, "--save_merged", "true")
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr[-3000:]
+    assert "for the merged model: 2000000.00 GB are needed" in ended.stderr.strip().splitlines()[-1]
+    assert "Before" not in ended.stdout and not (tmp_path / "adapter").exists()
+
+
+def test_a_disk_that_fills_up_leaves_no_half_of_a_merge(outputs, monkeypatch):
+    from transformers import PreTrainedModel
+
+    def full(self, folder):
+        Path(folder).mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(SystemExit, match="No space left on device. .* GB are needed, .* GB were free"):
+        merge(outputs)
+    assert not [*outputs.glob("merged*")]
