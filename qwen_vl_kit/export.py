@@ -113,7 +113,7 @@ def make_repository(name, private):
     with told(f"The hub does not accept the name {name!r}", HFValidationError):
         validate_repo_id(name)
     if not hub.online:
-        sys.exit("--push_to_hub needs the hub, and HF_HUB_OFFLINE forbids to ask it: unset that, or push later.")
+        sys.exit("--push_to_hub needs the network, but HF_HUB_OFFLINE is set: unset it, or push later.")
     if not get_token():
         sys.exit("You are not logged in to the hub: run hf auth login with a write token, or set HF_TOKEN.")
     api = HfApi()
