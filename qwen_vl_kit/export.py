@@ -6,34 +6,53 @@
 
 Wraps `save`: when that has written the adapter, this does what the options of the same names ask for, in a process of
 its own. There the memory is free again, and transformers is unpatched (Unsloth patches it). `prepare` reports what
-can't be done before training starts.
+can't be done before anything is loaded. Wraps `load_model`: whether the disk can hold it is known when that has been.
 """
 
 import argparse
 import gc
+import json
 import logging
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from qwen_vl_kit import run as this_run
-from qwen_vl_kit.finished import adapter_of, metrics_of, not_finished, predictions_of
+from qwen_vl_kit.finished import (
+    HUB_NAME,
+    NOTE,
+    adapter_of,
+    adapter_sums,
+    last_part,
+    local_names,
+    metrics_of,
+    not_finished,
+    not_made_of,
+    note_of,
+    parsed,
+    predictions_of,
+    text_of,
+)
 from qwen_vl_kit.sentences import first_line
 
+# And the bytes per parameter that one takes on the disk: the last three are made of an f16 one, which lies beside them.
 # What Unsloth offers beside these is for other kinds of models, or needs an importance matrix.
-GGUF_TYPES = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
+GGUF_TYPES = {"f16": 2, "bf16": 2, "q8_0": 1.1, "q6_k": 2.9, "q5_k_m": 2.8, "q4_k_m": 2.7}
 ROWS = 32  # held-out images that a merged model has to read as the adapter does
 # How many of them, at least. Rounding to 16 bits can tip the balance between two tokens that are nearly as likely.
 SHARE = {"float32": 1.0, "bfloat16": 0.95, "float16": 0.95}
 # All that an adapter and its processor consist of. Whatever else lies in the folder is not pushed.
 SHARED = ["README.md", "adapter_config.json", "adapter_model.safetensors", "*token*.json", "*processor_config.json"]
 SHARED += ["chat_template.j*", "vocab.json", "merges.txt"]
+VOCABULARY = ["tokenizer.json", "vocab.json"]  # whatever looks like a path in there is a token
 # How the script quantizes a base model that is not stored in 4 bits, where a run has not written it down.
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
@@ -49,17 +68,22 @@ def prepare(options, extra):
         wanted |= {name: getattr(options, name) for name in ("push_to_hub", "hub_model_id", "hub_private_repo")}
     wanted = {name: value for name, value in wanted.items() if value}
     check(**wanted)
+    if options.push_to_hub and options.hub_strategy != "end":
+        sys.exit(
+            f"--hub_strategy {options.hub_strategy.value} has the trainer upload all of {options.output_dir}, with "
+            "images and names of folders on this machine: leave it out. The adapter is pushed at the end."
+        )
+    if options.push_to_hub:
+        make_repository(options.hub_model_id, options.hub_private_repo)
     return wanted
 
 
-def check(save_gguf=None, push_to_hub=False, hub_model_id=None, hub_private_repo=None, **_):
-    """Ends the program with a sentence if what is asked for can't be done here. Makes the repository for a push."""
+def check(save_gguf=None, push_to_hub=False, hub_model_id=None, **_):
+    """Ends the program with a sentence if what is asked for can't be done here."""
     if save_gguf:
         check_gguf(save_gguf)
     if push_to_hub and not hub_model_id:
         sys.exit("--push_to_hub needs a name on the hub: --hub_model_id owner/name")
-    if push_to_hub:
-        make_repository(hub_model_id, hub_private_repo)
 
 
 def check_gguf(kind):
@@ -75,29 +99,101 @@ def check_gguf(kind):
 
 
 def make_repository(name, private):
-    from httpx import HTTPError
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    """Makes the repository `name`, if there is none, and returns its full name.
+
+    Ends the program with a sentence if it can't be written to. That takes a question of its own: of a repository that
+    is there already, `create_repo` says nothing, neither that the token may only read nor that it is a public one.
+    """
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    from qwen_vl_kit import hub
+
+    with told(f"The hub does not accept the name {name!r}", HFValidationError):
+        validate_repo_id(name)
+    if not hub.online:
+        sys.exit("--push_to_hub needs the network, but HF_HUB_OFFLINE is set: unset it, or push later.")
+    if not get_token():
+        sys.exit("You are not logged in to the hub: run hf auth login with a write token, or set HF_TOKEN.")
+    api = HfApi()
+
+    def get():
+        full = api.create_repo(name, private=private or None, exist_ok=True).repo_id
+        try:
+            api.auth_check(full, write=True)
+        except RepositoryNotFoundError:
+            raise
+        except HfHubHTTPError as error:
+            if error.response.status_code != 404:  # a hub without that question
+                raise
+        return full, private and not api.repo_info(full).private
 
     try:
-        HfApi().create_repo(name, private=private, exist_ok=True)
-    except HFValidationError as error:
-        sys.exit(f"The hub does not accept the name {name!r}: {first_line(error)}")
-    except LocalTokenNotFoundError:
-        sys.exit("You are not logged in to the hub: run hf auth login with a write token, or set HF_TOKEN.")
-    except (HfHubHTTPError, HTTPError, OSError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        what = "Log in with a token that may write there: hf auth login" if status in (401, 403) else "Try again"
-        sys.exit(f"The hub does not let this run push to {name}: {first_line(error)}. {what}.")
+        full, public = hub.patiently(name, get, cached=False)
+    except ConnectionError as error:
+        sys.exit(
+            f"The hub ({constants.ENDPOINT}) can't be reached: {first_line(error)}. Check the network (behind a proxy, "
+            "set HTTPS_PROXY), and try again."
+        )
+    except HfHubHTTPError as error:
+        what = {
+            401: "The hub does not know this token. Log in again with a write token: hf auth login, or set HF_TOKEN",
+            403: f"This token may not write to {name}. Log in with one that may: hf auth login, or set HF_TOKEN",
+        }
+        status = 403 if isinstance(error, RepositoryNotFoundError) else error.response.status_code
+        sys.exit(f"{what.get(status, f'The hub refuses a push to {name}')} ({first_line(error)}).")
+    if public:
+        sys.exit(f"{full} is public, and --hub_private_repo asks for a private one: make it private on the hub first.")
+    return full
+
+
+def check_room(outputs, parameters, dtype="float16", save_merged=False, save_gguf=None, **_):
+    """Ends the program if the disk can't hold what is asked for of a model of so many parameters.
+
+    A merge that is there stays until the new one is whole; what a failed one has left goes first.
+    """
+    merged = {"float32": 4}.get(dtype, 2) * save_merged
+    needed = parameters * (merged + GGUF_TYPES.get(save_gguf, 0)) / 1e9
+    left = sum(file.stat().st_size for file in (outputs / "merged.part").glob("*"))
+    free = (shutil.disk_usage(outputs).free + left) / 1e9
+    if needed > free:
+        what = " and ".join(["the merged model"] * bool(save_merged) + ["GGUF files"] * bool(save_gguf))
+        sys.exit(
+            f"Not enough disk space in {outputs} for {what}: {needed:.2f} GB are needed, {free:.2f} GB are free. Make "
+            "room, or leave that for later: it can be made of the adapter at any time."
+        )
+
+
+def load_model(step, options, *arguments, **more):
+    model = step(options, *arguments, **more)
+    if this_run.exports:
+        merging = any(this_run.exports.get(name) for name in ("save_merged", "save_gguf"))
+        parameters = model.get_nb_trainable_parameters()[1]
+        check_room(Path(options.output_dir), parameters, **this_run.exports | {"save_merged": merging})
+    return model
 
 
 def save(step, outputs, predictions, metrics):
     step(outputs, predictions, metrics)
+    for sentence in outdated(outputs, **this_run.exports):
+        print(sentence)
     if this_run.exports:
         from qwen_vl_kit.memory import leave_gpu
 
         leave_gpu(this_run.model)
         run(outputs, **this_run.exports)
+
+
+def outdated(outputs, save_merged=False, save_gguf=None, **_):
+    """A sentence for each folder beside the adapter that was made of another one, and is not asked for now."""
+    kinds = note_of(outputs / "merged_gguf").get("types", ["q8_0"])
+    for name, asked, options in (
+        ("merged", save_merged or save_gguf, "--save_merged"),
+        ("merged_gguf", save_gguf, f"--save_gguf {kinds[0]}"),
+    ):
+        if (outputs / name).is_dir() and not asked and (why := not_made_of(outputs, name)):
+            yield f"{why}. To make it anew: {command_for(outputs, options)}"
 
 
 def run(outputs, **wanted):
@@ -136,6 +232,7 @@ def merge(outputs, metrics, dtype=None):
     import torch
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in the run: it plans anew for every size of an image or a text
+    made_of = adapter_sums(outputs)
     base, files, processor = sources(outputs)
     reader = partial(read, processor=processor, files=files, settings=metrics["settings"])
     computed, stored = precisions(metrics["settings"], dtype)
@@ -148,21 +245,54 @@ def merge(outputs, metrics, dtype=None):
             "held-out images as the adapter does. Train for longer."
         )
     kind = save_merged(load, stored, processor, outputs / "merged.part")
+    if adapter_sums(outputs) != made_of:
+        shutil.rmtree(outputs / "merged.part")
+        sys.exit(f"Not merged: another run has replaced {outputs / 'adapter'} meanwhile. Merge again.")
     agrees = agreement(by_adapter, read_merged(outputs / "merged.part", reader))
     said = f"it reads {agrees} of {len(files)} held-out images as the adapter does, the base alone {base_agrees}"
     if agrees < SHARE[name] * len(files):
-        instead = f"If only the rounding to {name} is to blame, this helps: {command_for(outputs)} --dtype float32"
+        again = command_for(outputs, "--save_merged --dtype float32")
+        instead = f"If only the rounding to {name} is to blame, this helps: {again}"
         sys.exit(
             f"Not merged: {said}; {SHARE[name]:.0%} are needed. The result is in {outputs / 'merged.part'}; do not "
             "use it." + f" {instead}" * (name != "float32")
         )
+    note = made_of | {"base": last_part(base) if Path(base).exists() else base, "dtype": name}
+    (outputs / "merged.part" / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(outputs / "merged", ignore_errors=True)
     (outputs / "merged.part").replace(outputs / "merged")
     print(f"Merged into {outputs / 'merged'}, in {name} ({base}, {kind}): {said}.")
 
 
-def command_for(outputs):
-    return f"python -m {__package__} export {outputs} --save_merged"
+def why_merge(outputs, dtype):
+    """Why `outputs/merged` can't stand for the adapter beside it in this dtype (None: in any), in words; or None."""
+    from safetensors import SafetensorError, safe_open
+
+    merged = outputs / "merged"
+    if why := not_made_of(outputs):
+        return why
+    if dtype and (stored := note_of(merged).get("dtype")) != dtype:
+        return f"{merged} is in {stored}"
+    try:  # reads the headers, and sees whether files are as long as these say
+        for file in [*merged.glob("*.safetensors")] or [merged / "model.safetensors"]:
+            with safe_open(file, "numpy"):
+                pass
+    except (OSError, SafetensorError) as error:
+        return f"{merged} is damaged ({first_line(error)})"
+    return None
+
+
+def command_for(outputs, options):
+    return f"python -m {__package__} export {shlex.quote(str(outputs))} {options}"
+
+
+def parameters_of(model):
+    """How many parameters a base model, stored in whatever way, or a merged one has. Nothing is loaded for that."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(model)).num_parameters()
 
 
 def sources(outputs):
@@ -291,10 +421,13 @@ def save_merged(load, dtype, processor, part):
     model, was_in_4bit = merged_model(load, dtype)
     model.generation_config = greedy(model.generation_config)
     shutil.rmtree(part, ignore_errors=True)
-    free = shutil.disk_usage(part.parent).free / 1e9
-    with told(f"Could not write {part}, with {free:.1f} GB free", OSError, SafetensorError):
+    free, needed = shutil.disk_usage(part.parent).free / 1e9, model.num_parameters() * dtype.itemsize / 1e9
+    try:
         model.save_pretrained(part)
         processor.save_pretrained(part)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)  # others need the disk, too
+        sys.exit(f"Could not write {part}: {first_line(error)}. {needed:.2f} GB are needed, {free:.2f} GB were free.")
     return "its 4-bit weights dequantized" if was_in_4bit else "as it is"
 
 
@@ -394,10 +527,19 @@ def free_memory():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def to_gguf(merged, kind):
-    """Lets Unsloth turn the folder `merged` into GGUF files, in `merged_gguf` beside it."""
+def to_gguf(outputs, kind):
+    """Lets Unsloth turn `outputs/merged` into GGUF files, in `merged_gguf` beside it.
+
+    Those of another adapter go when the new ones are there: lying side by side, they would be taken for one model's.
+    """
     from unsloth import FastVisionModel
 
+    merged, folder = outputs / "merged", outputs / "merged_gguf"
+    of_another = not_made_of(outputs, folder.name)
+    before = {file: file.stat().st_mtime_ns for file in folder.glob("*.gguf")}
+    types = {kind} if of_another else {kind, *note_of(folder).get("types", [])}
+    if of_another:  # from here on, files of both may lie there
+        (folder / NOTE).unlink(missing_ok=True)
     try:
         model, processor = FastVisionModel.from_pretrained(str(merged), load_in_4bit=False)
         model.save_pretrained_gguf(str(merged), processor, quantization_method=kind)
@@ -408,44 +550,94 @@ def to_gguf(merged, kind):
             f"Unsloth could not make a GGUF file: {first_line(error)}. It needs llama.cpp, which it downloads or "
             f"builds (network, git, cmake, a compiler), or finds where UNSLOTH_LLAMA_CPP_PATH says. {merged} is whole."
         )
-    print(f"The GGUF files are in {merged}_gguf.")
-
-
-def merged_before(outputs):
-    """Whether `outputs/merged` was made of the adapter that lies beside it now."""
-    merged = outputs / "merged"
-    return merged.is_dir() and merged.stat().st_mtime > (outputs / "adapter/adapter_model.safetensors").stat().st_mtime
+    for file, written in before.items():
+        if of_another and file.is_file() and file.stat().st_mtime_ns == written:
+            print(f"Deleting {file}: it was not made of this adapter.")
+            file.unlink()
+    if not folder.is_dir():  # on Kaggle, Unsloth takes a larger disk if this one is too small, and says where
+        return
+    note = json.dumps(note_of(merged) | {"types": sorted(types)}, indent=2)
+    (folder / NOTE).write_text(f"{note}\n", encoding="utf-8")
+    print(f"The GGUF files are in {folder}.")
 
 
 def push(outputs, metrics, name):
     """Uploads the adapter, its processor and its model card, and nothing else, to the repository `name`."""
-    from httpx import HTTPError
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import CommitOperationAdd, HfApi
 
-    base = adapter_of(outputs)["base_model_name_or_path"]
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(outputs / "adapter", folder, dirs_exist_ok=True)
-        hide_paths(Path(folder), (base, metrics["settings"]["dataset_name"]))
-        try:
-            commit = HfApi().upload_folder(
-                repo_id=name, folder_path=folder, allow_patterns=SHARED, commit_message="LoRA adapters for LaTeX OCR"
-            )
-        except (HfHubHTTPError, HTTPError, OSError) as error:
-            sys.exit(f"Could not push to {name}: {first_line(error)}. {outputs / 'adapter'} is whole; try again.")
-    print(f"Pushed to {commit.repo_url}")
+    from qwen_vl_kit import hub
+
+    contents = shared(outputs, metrics)
+
+    def commit():  # with operations of its own: the library says not to use them twice
+        files = [CommitOperationAdd(file, content) for file, content in contents.items()]
+        return HfApi().create_commit(name, files, commit_message="LoRA adapters for LaTeX OCR")
+
+    with told(f"Could not push to {name}", OSError, ValueError):
+        print(f"Pushed to {hub.patiently(name, commit, cached=False).repo_url}")
 
 
-def hide_paths(folder, names):
-    """Replaces those of `names` that are paths on this machine by their last part, in all texts of `folder`."""
-    paths = [Path(name) for name in names]
-    paths = [path for path in paths if path.name and (path.is_absolute() or ".." in path.parts)]
-    for file in folder.iterdir():
-        if file.suffix in (".md", ".json"):
-            text = file.read_text(encoding="utf-8")
-            for path in paths:
-                text = text.replace(str(path), path.name)
-            file.write_text(text, encoding="utf-8")
+def push_or_why_not(outputs, metrics, name, private):
+    """Pushes; if that fails, returns a sentence that says why, and what to type to push again."""
+    try:
+        push(outputs, metrics, make_repository(name, private))
+    except SystemExit as error:
+        again = f"--push_to_hub --hub_model_id {shlex.quote(name)}" + " --hub_private_repo" * bool(private)
+        return f"{error.code} The adapter is safe in {outputs / 'adapter'}. To push it: {command_for(outputs, again)}"
+
+
+def shared(outputs, metrics):
+    """What is uploaded, {name: file or content}. Of paths on this machine, it names the last part alone."""
+    local, base = local_names(outputs, metrics), adapter_of(outputs)["base_model_name_or_path"]
+    paths = {*local.values(), *(metrics["settings"][setting] for setting in local)}
+    if "model_name_or_path" in local or not HUB_NAME.fullmatch(base):
+        paths.add(base)
+    paths |= {spell(path) for path in paths for spell in (os.path.normpath, os.path.abspath, os.path.realpath)}
+    paths = {path for path in paths if len(PureWindowsPath(path).parts) > 1}  # no other names a folder
+    contents = {}
+    for file in sorted((outputs / "adapter").iterdir()):
+        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in SHARED):
+            contents[file.name] = file
+            if file.name == "README.md":
+                contents[file.name] = card_without(paths, outputs, file)
+            elif file.suffix == ".json" and file.name not in VOCABULARY:
+                fields = parsed(file, text_of(outputs, file))
+                if (clean := without(paths, fields)) != fields:
+                    contents[file.name] = json.dumps(clean, indent=2, ensure_ascii=False).encode()
+    return contents
+
+
+def without(paths, value):
+    """The same fields, at any depth; in their texts absolute paths, and these `paths`, are cut to their last part."""
+    if isinstance(value, dict):
+        return {key: without(paths, field) for key, field in value.items()}
+    if isinstance(value, list):
+        return [without(paths, field) for field in value]
+    if not isinstance(value, str):
+        return value
+    if value in paths or re.fullmatch(r"(~|[A-Za-z]:)?[/\\]+[^/\\\n]+[/\\][^\n]*", value):
+        return last_part(value)
+    known = "|".join(map(re.escape, sorted(paths, key=len, reverse=True)))
+    return re.sub(rf"(?<![\w./\\])({known})[^\s\"'<>]*", lambda found: last_part(found[0]), value) if known else value
+
+
+def card_without(paths, outputs, file):
+    """The model card as it lies there, with what people have added; made anew if it names one of these paths."""
+    import yaml
+
+    text = text_of(outputs, file)
+    try:  # in YAML a path can be escaped, or go over two lines
+        fields = json.dumps(yaml.safe_load(text.split("---\n")[1]), ensure_ascii=False) if "---\n" in text else ""
+    except yaml.YAMLError:
+        fields = ""
+    if not any(path in text or path in fields for path in paths):
+        return file
+    from qwen_vl_kit import report
+
+    print("The model card named folders of this machine: a new one is pushed.")
+    with told("Could not make the model card", OSError):
+        metrics, _, shown = report.of_run(outputs)
+    return report.make_card(metrics, shown).encode()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,16 +687,38 @@ def main(arguments, prog):
     outputs, metrics = wanted.outputs, metrics_of(wanted.outputs)
     adapter_of(outputs)
     check(**vars(wanted))
+    unpushed = None
+    if wanted.push_to_hub:  # first, because it is soon done; what else is asked for needs no hub
+        unpushed = push_or_why_not(outputs, metrics, wanted.hub_model_id, wanted.hub_private_repo)
     try:
-        if wanted.push_to_hub:  # first, because it is soon done
-            push(outputs, metrics, wanted.hub_model_id)
-        if wanted.save_merged or (wanted.save_gguf and not merged_before(outputs)):
-            merge(outputs, metrics, wanted.dtype)
-        if wanted.save_gguf:
-            to_gguf(outputs / "merged", wanted.save_gguf)
+        if wanted.save_merged or wanted.save_gguf:
+            merge_and_convert(outputs, metrics, wanted)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         sys.exit("Not enough memory: a merge takes 2 bytes per parameter (7B: 17 GB) of GPU memory or RAM. Free some.")
     except FloatingPointError as error:
         sys.exit(f"Not merged: {first_line(error)}.")
+    finally:
+        if unpushed:
+            print(unpushed, file=sys.stderr)
+    if unpushed:
+        sys.exit(1)
+
+
+def merge_and_convert(outputs, metrics, wanted):
+    """Makes `merged` of the adapter, if it is not, and the GGUF files of that."""
+    dtype = str(precisions(metrics["settings"], wanted.dtype)[1]).removeprefix("torch.")
+    merged = outputs / "merged"
+    why = why_merge(outputs, dtype if wanted.save_merged else wanted.dtype)
+    if why or wanted.save_gguf:
+        parameters = parameters_of(base_of(outputs) if why else merged)
+        check_room(outputs, parameters, dtype, save_merged=bool(why), save_gguf=wanted.save_gguf)
+    if why and merged.is_dir():
+        print(f"{why}: merging anew.", flush=True)
+    if why:
+        merge(outputs, metrics, wanted.dtype)
+    elif wanted.save_merged:
+        print(f"{merged} was already made of this adapter, in {dtype}. To make it anew all the same, delete it.")
+    if wanted.save_gguf:
+        to_gguf(outputs, wanted.save_gguf)

@@ -28,7 +28,7 @@ from latex2mathml.converter import convert_to_element
 from PIL import Image
 from rapidfuzz.distance import Levenshtein
 
-from qwen_vl_kit.finished import metrics_of, predictions_of, shown_name
+from qwen_vl_kit.finished import local_names, metrics_of, predictions_of, shown_name
 from qwen_vl_kit.scores import SCORES, as_text, change_as_text, mathml, score, verdict
 from qwen_vl_kit.sentences import first_line
 
@@ -53,10 +53,7 @@ def make(outputs):
     In a notebook the page is shown as well.
     """
     outputs = Path(outputs)
-    metrics, predictions = metrics_of(outputs), predictions_of(outputs)
-    before, after, difference = score(predictions, metrics["settings"]["seed"])
-    metrics |= {"before": before, "after": after, "difference": difference}
-    shown = what_both_show(metrics, facts(outputs, metrics, predictions), len(predictions))
+    metrics, predictions, shown = of_run(outputs)
     page = make_page(outputs, metrics, predictions, shown)
     files = {
         "predictions.jsonl": "".join(json.dumps(prediction) + "\n" for prediction in predictions),
@@ -69,6 +66,16 @@ def make(outputs):
     print_summary(metrics, len(predictions))
     print(f"To look at it: {outputs / 'report.html'}")
     show_in_notebook(page, outputs / "report.html")
+
+
+def of_run(outputs):
+    """The content of metrics.json with all scores, of predictions.jsonl, and what page and card show of them."""
+    metrics, predictions = metrics_of(outputs), predictions_of(outputs)
+    before, after, difference = score(predictions, metrics["settings"]["seed"])
+    metrics |= {"before": before, "after": after, "difference": difference}
+    run = facts(outputs, metrics, predictions)
+    local = local_names(outputs, metrics)
+    return metrics, predictions, what_both_show(metrics, run, len(predictions)) | {"local": local}
 
 
 def write(file, text):
@@ -95,8 +102,8 @@ def facts(outputs, metrics, predictions):
     # Without the kit, the images are what a later report leaves as it is.
     ended = f"{datetime.fromtimestamp((outputs / predictions[0]['image']).stat().st_mtime):%Y-%m-%d %H:%M}"
     run = {
-        "model": shown_name(settings["model_name_or_path"]),
-        "data": shown_name(settings["dataset_name"]),
+        "model": shown_name("model_name_or_path", outputs, metrics),
+        "data": shown_name("dataset_name", outputs, metrics),
         "held out": f"{len(predictions)} rows of {metrics['test_split']}",
         "trained on": f"{samples}{train['log'][-1]['step']:,} steps",
         "learning rate": f"{settings['learning_rate']:g}, {settings['lr_scheduler_type']}",
@@ -274,7 +281,7 @@ def ticks(top):
 def make_card(metrics, shown):
     """The model card. The base model and the data are only linked where they have a name on the hub."""
     settings, run = metrics["settings"], shown["run"]
-    hub = {"base_model": settings["model_name_or_path"], "datasets": settings["dataset_name"]}
+    hub = {"base_model": "model_name_or_path", "datasets": "dataset_name"}
     result = {"task_type": "image-to-text", "dataset_type": run["data"], "dataset_name": run["data"]}
     result["dataset_split"] = metrics["test_split"]
     data = ModelCardData(
@@ -283,7 +290,7 @@ def make_card(metrics, shown):
         pipeline_tag="image-text-to-text",
         tags=["lora", "latex-ocr", "trl", "sft"],
         eval_results=[EvalResult(**result, metric_type=name, metric_value=metrics["after"][name]) for name in SCORES],
-        **{key: name for key, name in hub.items() if name == shown_name(name) and not Path(name).exists()},
+        **{key: settings[setting] for key, setting in hub.items() if setting not in shown["local"]},
     )
     filled = {"name": data.model_name, "instruction": settings["instruction"]} | shown
     filled["layers"] = metrics.get("adapted_layers")

@@ -1,15 +1,18 @@
 """What is left of a run beside its scores, and what follows it.
 
-Wraps `save`: metrics.json also says on what machine, with which versions and options of the kit, and how fast.
+Wraps `save`: metrics.json also says on what machine, with which versions and options of the kit, and how fast, and
+which names were folders of that machine.
 """
 
 import os
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
 from qwen_vl_kit import run
+from qwen_vl_kit.finished import NAMES
 
 PACKAGES = ["torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "pillow", "rapidfuzz"]
 
@@ -27,7 +30,10 @@ def machine():
 def about(metrics):
     """`metrics` of the script with what the rooms have noted, the machine, and the versions."""
     notes = run.notes | {part: metrics[part] | run.notes[part] for part in ("settings", "train")}
-    return metrics | notes | {"processes": run.options.world_size} | machine()
+    names = {setting: getattr(run.options, setting) for setting in NAMES}
+    # Not resolved: its end is what the user calls it.
+    local = {setting: os.path.abspath(name) for setting, name in names.items() if Path(name).exists()}
+    return metrics | notes | {"local": local, "processes": run.options.world_size} | machine()
 
 
 def save(step, outputs, predictions, metrics):

@@ -57,6 +57,7 @@ def outputs(tmp_path_factory):
     train = {"train_runtime": 12.5, "train_samples_per_second": 8.0, "samples": 100, "log": log, "peak_memory_gb": 9.3}
     metrics = {"train": train, "settings": settings, "hardware": "a GPU", "versions": {"torch": "2.10.0"}}
     metrics |= {"rows_of_seen_formulas": 5, "test_split": "train"}
+    metrics |= {"local": {"model_name_or_path": settings["model_name_or_path"]}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     with open(folder / "predictions.jsonl", "w") as file:
         for row, (truth, before, after) in enumerate(ROWS):
