@@ -16,6 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from qwen_vl_kit.finished import digest_of
 from qwen_vl_kit.sentences import fail, first_line
 
 RECORD = "run.json"  # what a checkpoint was made of, and what its files are
@@ -92,15 +93,6 @@ def more_patient(extra, record):
 # ---------------------------------------------------------------------------------------------------------------------
 # What tells a whole checkpoint from a damaged one
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def digest_of(file):
-    """The SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while part := opened.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def seal(checkpoint, record):

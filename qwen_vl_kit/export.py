@@ -348,6 +348,7 @@ def load_base(name, metrics, dtype, device):
         )
     with told(f"The base model {name} can't be loaded", OSError, SafetensorError):
         model = AutoModelForImageTextToText.from_pretrained(name, **how)
+    model.generation_config = greedy(model.generation_config)  # as in the run
     for layer in model.modules():
         if isinstance(layer, Linear4bit):  # else some CPUs compute in bfloat16, whatever `dtype` says
             layer.support_avx512bf16_for_cpu = False

@@ -89,15 +89,20 @@ def not_finished(outputs, file):
 NOTE = "made_of.json"  # lies in `merged/` and in `merged_gguf/`
 
 
+def digest_of(file):
+    """The SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while part := opened.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def adapter_sums(outputs):
     """What the adapter is now: checksums of its weights, and of its configuration however that is laid out."""
     config = json.dumps(adapter_of(outputs), sort_keys=True).encode()
-    weights = hashlib.sha256()
-    with (outputs / "adapter" / "adapter_model.safetensors").open("rb") as file:
-        while block := file.read(1 << 20):
-            weights.update(block)
     return {
-        "adapter_model.safetensors": weights.hexdigest(),
+        "adapter_model.safetensors": digest_of(outputs / "adapter" / "adapter_model.safetensors"),
         "adapter_config.json": hashlib.sha256(config).hexdigest(),
     }
 
