@@ -126,9 +126,9 @@ def facts(outputs, metrics, predictions):
 
 
 def changes(changed):
-    """What was changed when a run was resumed, in words."""
-    words = (f"{name} {shown_name(str(then))}, then {shown_name(str(now))}" for name, (then, now) in changed.items())
-    return f" ({', '.join(words)})" if changed else ""
+    """What was changed when a run was resumed, in words; of paths only that they were."""
+    words = [name if "/" in f"{then}{now}" else f"{name} {then}, then {now}" for name, (then, now) in changed.items()]
+    return f" ({', '.join(words)})" if words else ""
 
 
 def what_both_show(metrics, run, rows):

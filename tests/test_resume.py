@@ -418,7 +418,7 @@ def test_if_all_are_damaged_or_a_damaged_one_is_named_it_is_said(tiny, stopped, 
     for folder in stopped.glob("checkpoint-[12356]"):
         damages()["rng_state.pth gone"](folder)
     said = refusal(capsys, tiny, stopped)
-    assert "no checkpoint in" in said and "rng_state.pth is missing" in said
+    assert "no whole checkpoint" in said and "rng_state.pth is missing" in said
 
 
 def test_the_readme_s_line_for_the_script_s_own_checkpoints(tiny, stopped):
