@@ -43,8 +43,8 @@ def of_share(gained, lost, rows):
 def of_sums(score, before, after, best, worst, seed):
     """The intervals of the changes of scores that are computed from sums over all rows, as CER and BLEU are.
 
-    `before` and `after`, (rows, columns), are what is summed up; `score` turns sums into a list of scores. Returns
-    (scores, low and high).
+    `before` and `after`, (rows, columns), are what is summed up; `score` turns sums, (draws, columns), into scores,
+    (draws, scores). Returns (scores, low and high).
 
     A Bayesian bootstrap (Rubin, Annals of Statistics 9, 1981, 130-134): the rows are weighted anew, at random, 2,000
     times. That alone would know nothing of what these rows happen not to show, such as one reading in fifty that runs
@@ -58,7 +58,6 @@ def of_sums(score, before, after, best, worst, seed):
     weights = chance.standard_gamma(UNSEEN, (DRAWS, 1))
     ends = []
     for unseen in ((best, worst), (worst, best)):
-        drawn = np.split(sums + weights * np.hstack(unseen), 2, axis=1)
-        old, new = (np.array([score(row) for row in part.tolist()]) for part in drawn)
-        ends.append(np.quantile(new - old, TAILS, axis=0))
+        old, new = map(score, np.split(sums + weights * np.hstack(unseen), 2, axis=1))
+        ends.append(np.quantile(np.subtract(new, old), TAILS, axis=0))
     return np.transpose([np.min(ends, axis=(0, 1)), np.max(ends, axis=(0, 1))]).tolist()

@@ -81,7 +81,7 @@ def judge(truth, reading):
 
 
 def ratios(sums):
-    """CER and BLEU of many readings, from the sums of what `judge` counted."""
+    """CER and BLEU of many readings, from the sums of what `judge` counted, a list."""
     errors, length, *counts = sums
     tokens, wanted_tokens, *runs = (round(count) for count in counts[:10])  # sacrebleu prints them as whole numbers
     bleu = corpus_bleu.compute_bleu(runs[:4], runs[4:], tokens, wanted_tokens, "exp", effective_order=True)
@@ -119,7 +119,7 @@ def score(predictions, seed, max_new_tokens=128):
     counts = np.array([[judge(row["truth"], row[when]) for row in predictions] for when in ("before", "after")], float)
     before, after = (rates(part.sum(axis=0).tolist(), rows) for part in counts)
     best, worst = extremes(np.vstack(counts), max_new_tokens)
-    ends = [*intervals.of_sums(ratios, *counts, best, worst, seed)]
+    ends = intervals.of_sums(lambda drawn: [*map(ratios, drawn.tolist())], *counts, best, worst, seed)
     for change in (counts[1] - counts[0])[:, -len(SHARES) :].T:
         ends.append(intervals.of_share(int(sum(change > 0)), int(sum(change < 0)), rows))
     difference = {}
@@ -139,7 +139,7 @@ def verdict(name, difference):
 
 def rounded(number, digits, *ends, sign=""):
     """A number with so many decimals, and with more where it would look like one of `ends` without being it."""
-    while digits < 6 and any(round(number, digits) == end != number for end in ends):
+    while digits < 6 and any(round(number, digits) == end and abs(number - end) > 1e-9 for end in ends):
         digits += 1
     return f"{number:{sign}.{digits}f}"
 
