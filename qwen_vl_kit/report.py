@@ -29,7 +29,7 @@ from PIL import Image
 from rapidfuzz.distance import Levenshtein
 
 from qwen_vl_kit.finished import local_names, metrics_of, predictions_of, shown_name
-from qwen_vl_kit.scores import SCORES, as_text, change_as_text, mathml, score, verdict
+from qwen_vl_kit.scores import SCORES, as_text, change_as_text, held_out, mathml, score, verdict, warning
 from qwen_vl_kit.sentences import first_line
 
 # What became of a row, by whether the formula was right before and whether it is after.
@@ -71,7 +71,8 @@ def make(outputs):
 def of_run(outputs):
     """The content of metrics.json with all scores, of predictions.jsonl, and what page and card show of them."""
     metrics, predictions = metrics_of(outputs), predictions_of(outputs)
-    before, after, difference = score(predictions, metrics["settings"]["seed"])
+    settings = metrics["settings"]
+    before, after, difference = score(predictions, settings["seed"], settings.get("max_new_tokens", 128))
     metrics |= {"before": before, "after": after, "difference": difference}
     run = facts(outputs, metrics, predictions)
     local = local_names(outputs, metrics)
@@ -135,14 +136,15 @@ def what_both_show(metrics, run, rows):
     """What the page's template and the card's are filled with."""
     scores = {name: metrics[name] for name in ("before", "after", "difference")}
     helpers = {"as_text": as_text, "change_as_text": change_as_text, "verdict": verdict}
-    return {"rows": rows, "scores": SCORES, "run": run, "model": run["model"], "data": run["data"]} | scores | helpers
+    of_rows = {"rows": rows, "held_out": held_out(rows), "warning": warning(rows)}
+    return of_rows | {"scores": SCORES, "run": run, "model": run["model"], "data": run["data"]} | scores | helpers
 
 
 def make_page(outputs, metrics, predictions, shown):
     items = gallery(outputs, predictions)
-    sentence = "On {} images that it never trained on, {:.1%} of the formulas are right; before, {:.1%} were.".format(
-        len(predictions), metrics["after"]["formula_match"], metrics["before"]["formula_match"]
-    )
+    before, after = (as_text("formula_match", metrics[when]["formula_match"]) for when in ("before", "after"))
+    images = f"{len(predictions)} image{'s' * (len(predictions) != 1)}"
+    sentence = f"On {images} that it never trained on, {after} of its readings match the formula; before, {before} did."
     if seen := metrics.get("rows_of_seen_formulas"):
         sentence += f" {seen} of the images show formulas that also appear in training images."
     return (
@@ -298,10 +300,12 @@ def make_card(metrics, shown):
 
 
 def print_summary(metrics, rows):
-    print(f"\n{f'{rows} held-out images':<20}{'before':>9}{'after':>9}   change (95% confidence interval)")
+    print(f"\n{held_out(rows):<20}{'before':>9}{'after':>9}   change (95% confidence interval)")
     for name, (label, *_) in SCORES.items():
         before, after = (as_text(name, metrics[when][name]) for when in ("before", "after"))
         print(f"{label:<20}{before:>9}{after:>9}   {change_as_text(name, metrics['difference'][name])}")
+    if rows_are_few := warning(rows):
+        print(rows_are_few)
 
 
 def show_in_notebook(page, file):

@@ -14,25 +14,27 @@ import numpy as np
 from latex2mathml.converter import convert_to_element
 from sacrebleu.metrics import BLEU
 
+from qwen_vl_kit import intervals
+
 
 class Score(NamedTuple):
-    """What a score is called, what it means, whether less is better, and how it is printed."""
+    """What a score is called, what it means, and whether less is better."""
 
     label: str
     meaning: str
     less_is_better: bool
-    format: str
 
 
 SCORES = {
-    "cer": Score("CER", "character error rate: edit distance over the length of the truth", True, ".3f"),
-    "bleu": Score("BLEU-4", "LaTeX tokens in common with the truth, in runs of up to four", False, ".3f"),
-    "exact_match": Score("exact match", "the same characters, spaces aside", False, ".1%"),
-    "formula_match": Score("formula match", "the same formula, however it is spelled", False, ".1%"),
-    "is_latex": Score("is LaTeX", "can be typeset at all", False, ".1%"),
-    "cut": Score("cut off", "stopped by the length limit", True, ".1%"),
+    "cer": Score("CER", "character error rate: edit distance over the length of the truth", True),
+    "bleu": Score("BLEU-4", "LaTeX tokens in common with the truth, in runs of up to four", False),
+    "exact_match": Score("exact match", "the same characters, spaces aside", False),
+    "formula_match": Score("formula match", "the same MathML, so the same formula, in most of its spellings", False),
+    "is_latex": Score("is LaTeX", "braces match, no command lacks an argument", False),
+    "cut": Score("cut off", "stopped by the length limit", True),
 }
 SHARES = ("exact_match", "formula_match", "is_latex", "cut")  # those that are a share of the rows
+FEW = 30  # with fewer rows, a share that has risen from 50 to 70% shows no clear change more often than not
 
 corpus_bleu = BLEU(tokenize="none", force=True, effective_order=True)
 LATEX_TOKEN = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+\*?|\\.|\S")
@@ -78,30 +80,52 @@ def judge(truth, reading):
     return counts + [reading[name] for name in SHARES]
 
 
+def ratios(sums):
+    """CER and BLEU of many readings, from the sums of what `judge` counted, a list."""
+    errors, length, *counts = sums
+    tokens, wanted_tokens, *runs = (round(count) for count in counts[:10])  # sacrebleu prints them as whole numbers
+    bleu = corpus_bleu.compute_bleu(runs[:4], runs[4:], tokens, wanted_tokens, "exp", effective_order=True)
+    return errors / length, bleu.score / 100
+
+
 def rates(sums, rows):
-    """The scores of many readings, from their number and the sums of what `judge` counted."""
-    errors, length, tokens, wanted_tokens, *rest = sums
-    bleu = corpus_bleu.compute_bleu(rest[:4], rest[4:8], tokens, wanted_tokens, "exp", effective_order=True)
-    shares = {name: count / rows for name, count in zip(SHARES, rest[8:], strict=True)}
-    return {"cer": errors / length, "bleu": bleu.score / 100} | shares
+    """All scores of many readings, from their number and the sums of what `judge` counted."""
+    shares = (count / rows for count in sums[-len(SHARES) :])
+    return dict(zip(("cer", "bleu", *SHARES), (*ratios(sums), *shares), strict=True))
 
 
-def score(predictions, seed):
+def extremes(counts, max_new_tokens):
+    """What `judge` would count in a reading without an error, and in one that ran to the length limit.
+
+    `counts` is what it counted in others, (readings, columns).
+    """
+    (_, length, _, wanted, *_), (errors, longest, tokens, longest_wanted, *_) = counts.mean(axis=0), counts.max(axis=0)
+    # A token has as many characters as in the truths. What is longer has been seen, so it is possible.
+    errors = max(errors, longest, max_new_tokens * length / wanted)
+    tokens = max(tokens, longest_wanted, max_new_tokens)
+    runs = np.arange(4)  # of two tokens there is one less than there are tokens, ...
+    best = [0, length, wanted, wanted, *np.maximum(wanted - runs, 0), *np.maximum(wanted - runs, 0)]
+    worst = [errors, length, tokens, wanted, *[0] * 4, *np.maximum(tokens - runs, 0)]
+    return [extreme + [0] * len(SHARES) for extreme in (best, worst)]
+
+
+def score(predictions, seed, max_new_tokens=128):
     """Adds its scores to each reading. Returns the scores of all rows before and after, and their differences.
 
-    A difference is {"value": float, "interval": [low, high]}, with the 95% confidence interval of a paired bootstrap:
-    the rows are drawn anew, with replacement, 1,000 times.
+    A difference is {"value": float, "interval": [low, high]}, the latter with 95% confidence. It depends on how long a
+    reading could have become: `max_new_tokens`, or as long as any that was seen.
     """
     rows = len(predictions)
-    counts = [[judge(row["truth"], row[when]) for row in predictions] for when in ("before", "after")]
-    before, after = (rates(np.sum(parts, axis=0).tolist(), rows) for parts in counts)
-    resamples = np.random.default_rng(seed).multinomial(rows, [1 / rows] * rows, size=1000)
-    drawn = [[rates(sums, rows) for sums in (resamples @ parts).tolist()] for parts in counts]
+    counts = np.array([[judge(row["truth"], row[when]) for row in predictions] for when in ("before", "after")], float)
+    before, after = (rates(part.sum(axis=0).tolist(), rows) for part in counts)
+    best, worst = extremes(np.vstack(counts), max_new_tokens)
+    ends = intervals.of_sums(lambda drawn: [*map(ratios, drawn.tolist())], *counts, best, worst, seed)
+    for change in (counts[1] - counts[0])[:, -len(SHARES) :].T:
+        ends.append(intervals.of_share(int(sum(change > 0)), int(sum(change < 0)), rows))
     difference = {}
-    for name in before:
-        changes = [new[name] - old[name] for old, new in zip(*drawn, strict=True)]
-        low, high = np.quantile(changes, [0.025, 0.975]).tolist()
-        difference[name] = {"value": after[name] - before[name], "interval": [low, high]}
+    for name, (low, high) in zip(before, ends, strict=True):
+        value = after[name] - before[name]
+        difference[name] = {"value": value, "interval": [min(low, value), max(high, value)]}
     return before, after, difference
 
 
@@ -113,14 +137,33 @@ def verdict(name, difference):
     return "better" if (high < 0) == SCORES[name].less_is_better else "worse"
 
 
+def rounded(number, digits, *ends, sign=""):
+    """A number with so many decimals, and with more where it would look like one of `ends` without being it."""
+    while digits < 6 and any(round(number, digits) == end and abs(number - end) > 1e-9 for end in ends):
+        digits += 1
+    return f"{number:{sign}.{digits}f}"
+
+
 def as_text(name, value):
     """A score as people read it: 0.094 or 70.0%."""
-    return format(value, SCORES[name].format)
+    return f"{rounded(100 * value, 1, 0, 100)}%" if name in SHARES else rounded(value, 3, 0, 1)
 
 
 def change_as_text(name, difference):
     """A difference with its interval as people read it: -0.655 (-0.751 to -0.568), +69.0 points (+60.0 to +78.0)."""
-    percent = "%" in SCORES[name].format
     numbers = (difference["value"], *difference["interval"])
-    value, low, high = (f"{100 * number:+.1f}" if percent else f"{number:+.3f}" for number in numbers)
-    return f"{value}{' points' * percent} ({low} to {high})"
+    if name in SHARES:
+        value, low, high = (rounded(100 * number, 1, 0, sign="+") for number in numbers)
+        return f"{value} points ({low} to {high})"
+    value, low, high = (rounded(number, 3, 0, sign="+") for number in numbers)
+    return f"{value} ({low} to {high})"
+
+
+def held_out(rows):
+    """The rows as people name them: 8 held-out images."""
+    return f"{rows} held-out image{'s' * (rows != 1)}"
+
+
+def warning(rows):
+    """What has to be said about scores from few rows, or nothing."""
+    return f"Only {held_out(rows)}: too few to show more than large changes." if rows < FEW else ""

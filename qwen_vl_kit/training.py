@@ -177,7 +177,6 @@ class Resumption(TrainerCallback):
         self.tokens = checkpoints.record_of(checkpoint)["tokens"]
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
-        print(f"{state.global_step} of {state.max_steps} steps are done")
         state.compute_steps(args, state.max_steps)
         self.trainer._total_train_tokens = self.tokens  # private (TRL 1.14): it would count from 0 again
         for group, options in zip(optimizer.param_groups, self.trainer.asked, strict=True):
@@ -223,6 +222,8 @@ class Trainer(WholeCheckpoints, SFTTrainer):
                 bring_best(outputs, resume_from_checkpoint)
         self.accelerator.wait_for_everyone()
         if resume_from_checkpoint:
+            step = checkpoints.record_of(resume_from_checkpoint)["step"]
+            print(f"Steps 1 to {step} are done; resuming with step {step + 1}")
             self.add_callback(Resumption(self, resume_from_checkpoint))
         stopper = Stopper()
         self.add_callback(stopper)

@@ -96,7 +96,11 @@ def test_files(outputs):
     make(outputs)
     assert before == {name: (outputs / name).read_text() for name in before}, "a second report is another one"
     assert not list(outputs.rglob("*.part"))
-    assert "\nformula match" in make(outputs)
+    said = make(outputs)
+    assert "\nformula match" in said
+    few = f"Only {len(ROWS)} held-out images: too few to show more than large changes."
+    assert few in said
+    assert all(few in (outputs / name).read_text() for name in ("report.html", "adapter/README.md"))
     assert "5 of the images show formulas that also appear in training images" in (outputs / "report.html").read_text()
 
 

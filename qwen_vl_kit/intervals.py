@@ -1,0 +1,63 @@
+"""How far a change could lie from the one that was measured, had other rows been held out: 95% confidence intervals.
+
+It wraps no step; `scores` asks it. How often the intervals contain the true change, `benchmarks/coverage.py` simulates.
+"""
+
+from statistics import NormalDist
+
+import numpy as np
+
+Z = NormalDist().inv_cdf(0.975)
+TAILS = 0.025, 0.975
+DRAWS = 2000
+# Half a row, as in Jeffreys' prior for a share: if none of n rows is of a rare kind, 2.5 / n of all rows still may be.
+# A whole row is safer than need be: intervals up to 45% wider.
+UNSEEN = 1 / 2
+
+
+def of_share(gained, lost, rows):
+    """The interval of the change of a share, when `gained` of `rows` rows have entered it and `lost` have left it.
+
+    It is the score interval of Tango (Statistics in Medicine 17, 1998, 891-908): all changes from which the measured
+    one is at most Z standard errors away. So it has a width also where no row has changed.
+    """
+    measured = (gained - lost) / rows
+
+    def possible(change):
+        """Whether the measured change is at most Z standard errors from this one."""
+        linear = (2 * rows - gained + lost) * change - gained - lost
+        root = np.sqrt(max(linear**2 + 8 * rows * lost * change * (1 - change), 0))
+        lost_share = (root - linear) / (4 * rows)
+        return rows * (measured - change) ** 2 <= Z**2 * (2 * lost_share + change * (1 - change))
+
+    ends = []
+    for impossible in (-1.0, 1.0):
+        end = measured
+        for _ in range(40):  # halves the distance between an end that is possible and one that is not
+            middle = (end + impossible) / 2
+            end, impossible = (middle, impossible) if possible(middle) else (end, middle)
+        ends.append(end)
+    return ends
+
+
+def of_sums(score, before, after, best, worst, seed):
+    """The intervals of the changes of scores that are computed from sums over all rows, as CER and BLEU are.
+
+    `before` and `after`, (rows, columns), are what is summed up; `score` turns sums, (draws, columns), into scores,
+    (draws, scores). Returns (scores, low and high).
+
+    A Bayesian bootstrap (Rubin, Annals of Statistics 9, 1981, 130-134): the rows are weighted anew, at random, 2,000
+    times. That alone would know nothing of what these rows happen not to show, such as one reading in fifty that runs
+    to the length limit. So one more row takes part: the `best` reading, (columns), before and the `worst` after for one
+    end, and the other way round for the other. With a whole row's weight that is the bound of Gaffke (2005) and of
+    Learned-Miller and Thomas (arXiv 1905.06208, 2019) for a mean.
+    """
+    chance, counts = np.random.default_rng(seed), np.hstack([before, after])
+    # A hundred at a time: all weights of many rows would take gigabytes.
+    sums = np.vstack([chance.standard_exponential((100, len(counts))) @ counts for _ in range(DRAWS // 100)])
+    weights = chance.standard_gamma(UNSEEN, (DRAWS, 1))
+    ends = []
+    for unseen in ((best, worst), (worst, best)):
+        old, new = map(score, np.split(sums + weights * np.hstack(unseen), 2, axis=1))
+        ends.append(np.quantile(np.subtract(new, old), TAILS, axis=0))
+    return np.transpose([np.min(ends, axis=(0, 1)), np.max(ends, axis=(0, 1))]).tolist()
