@@ -13,7 +13,7 @@ import yaml
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
-from qwen_vl_kit import checkpoints, export, run
+from qwen_vl_kit import checkpoints, export, offered, run
 from qwen_vl_kit.sentences import fail
 
 # What the trainer's own defaults would make of a run: held-out losses and checkpoints every 500 steps, NaN hidden from
@@ -25,6 +25,7 @@ DEFAULTS = {
     "ddp_find_unused_parameters": False,
     "hub_strategy": "end",
     "max_length": None,
+    "load_best_model_at_end": None,  # wherever held-out losses are measured
 }
 
 
@@ -65,6 +66,12 @@ class Parser(TrlParser):
         for action in self._actions:  # argparse has no public list of its options; TRL's parser reads this one, too
             action.help = ours.get(action.dest, action.help or "").replace(" %", " %%")
         self.set_defaults(**DEFAULTS)
+        offered.hide(self)
+
+    def parse_known_args(self, *arguments, **more):
+        options, unknown = super().parse_known_args(*arguments, **more)
+        offered.check(options, self.usual, self.error)
+        return options, unknown
 
     def set_defaults_with_config(self, **config):
         typed = {key: str(value) if isinstance(value, (bool, int, float)) else value for key, value in config.items()}
@@ -114,9 +121,11 @@ def check_numbers(options, error):
 def read_options(step, options_class, arguments):
     options, extra, parser = parse(options_class, arguments)
     check_numbers(options, parser.error)
+    offered.check_possible(options, parser.error)
     if options.hub_token:  # the libraries take it from here, too; as an option it would be saved with checkpoints
         os.environ["HF_TOKEN"], options.hub_token = options.hub_token, None
-    if options.eval_strategy != "no" and options.save_strategy != "no":  # the checkpoint of the lowest loss is kept
+    best = options.eval_strategy != "no" and options.save_strategy != "no"
+    if best and options.load_best_model_at_end is not False:  # the checkpoint of the lowest loss is kept
         options.save_strategy, options.save_steps = options.eval_strategy, options.eval_steps
         options.load_best_model_at_end, options.metric_for_best_model, options.greater_is_better = True, "loss", False
         options.save_total_limit = options.save_total_limit and max(options.save_total_limit, 2)  # the best, the last
