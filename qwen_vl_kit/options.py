@@ -11,13 +11,12 @@ from pathlib import Path
 
 import yaml
 from accelerate.utils import gather_object
-from transformers.trainer_utils import IntervalStrategy
 from trl import TrlParser
 
-from qwen_vl_kit import checkpoints, export, lock, record, run
+from qwen_vl_kit import checkpoints, export, lock, offered, record, run
 from qwen_vl_kit.sentences import fail
 
-# What the trainer's own defaults would make of a run: held-out losses and checkpoints every 500 steps, NaN hidden from
+# What the trainer's own defaults would make of a run: validation losses and checkpoints every 500 steps, NaN hidden from
 # the log, a search for unused parameters in each step, and everything in the output folder pushed to the hub.
 DEFAULTS = {
     "eval_steps": 0.2,
@@ -26,6 +25,7 @@ DEFAULTS = {
     "ddp_find_unused_parameters": False,
     "hub_strategy": "end",
     "max_length": None,
+    "load_best_model_at_end": None,  # wherever validation losses are measured
 }
 
 
@@ -68,6 +68,14 @@ class Parser(TrlParser):
         for action in self._actions:  # argparse has no public list of its options; TRL's parser reads this one, too
             action.help = ours.get(action.dest, action.help or "").replace(" %", " %%")
         self.set_defaults(**DEFAULTS)
+        offered.hide(self)
+
+    def parse_known_args(self, *arguments, **more):
+        options, unknown = super().parse_known_args(*arguments, **more)
+        if (options.num_validation_rows or options.early_stopping_patience) and options.eval_strategy in offered.UNSET:
+            options.eval_strategy = "steps"  # else what they ask for would never happen
+        offered.check(options, self.usual, self.error)
+        return options, unknown
 
     def set_defaults_with_config(self, **config):
         typed = {key: str(value) if isinstance(value, (bool, int, float)) else value for key, value in config.items()}
@@ -96,6 +104,8 @@ def check_numbers(options, extra, error):
     """Calls `error` with a sentence for a number that no run can have."""
     if extra.early_stopping_patience is not None and extra.early_stopping_patience < 1:
         error(f"--early_stopping_patience must be at least 1, not {extra.early_stopping_patience}")
+    if extra.early_stopping_patience and (options.save_strategy == "no" or options.load_best_model_at_end is False):
+        error("--early_stopping_patience needs the best checkpoint: leave out what keeps that from being saved or used")
     if (extra.num_validation_rows or 0) < 0 or (extra.num_validation_rows == 0 and options.eval_strategy != "no"):
         error("--num_validation_rows must be at least 1: losses on the way need rows of their own")
     if options.num_train_epochs < 0 or (options.max_steps < 1 and not options.num_train_epochs):
@@ -111,13 +121,13 @@ def check_numbers(options, extra, error):
 def read_options(step, options_class, arguments):
     options, extra, parser = parse(options_class, arguments)
     check_numbers(options, extra, parser.error)
+    offered.check_possible(options, parser.error)
     if options.hub_token:  # the libraries take it from here, too; as an option it would be saved with checkpoints
         os.environ["HF_TOKEN"], options.hub_token = options.hub_token, None
-    if extra.num_validation_rows or extra.early_stopping_patience:
-        options.eval_strategy = IntervalStrategy.STEPS if options.eval_strategy == "no" else options.eval_strategy
     if extra.num_validation_rows is None:
         extra.num_validation_rows = 0 if options.eval_strategy == "no" else options.num_test_rows
-    if options.eval_strategy != "no" and options.save_strategy != "no":  # the checkpoint of the lowest loss is kept
+    best = options.eval_strategy != "no" and options.save_strategy != "no"
+    if best and options.load_best_model_at_end is not False:  # the checkpoint of the lowest loss is kept
         options.save_strategy, options.save_steps = options.eval_strategy, options.eval_steps
         options.load_best_model_at_end, options.metric_for_best_model, options.greater_is_better = True, "loss", False
         options.save_total_limit = options.save_total_limit and max(options.save_total_limit, 2)  # the best, the last

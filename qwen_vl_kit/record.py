@@ -26,6 +26,8 @@ FIXED = (
     "seed", "batch_size", "num_test_rows", "num_validation_rows", "instruction", "min_pixels", "max_pixels",
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "optim",
 )  # fmt: skip
+# Schedules with a learning rate of their own, which a checkpoint restores.
+STATEFUL, RATES = {"reduce_lr_on_plateau", "greedy"}, ("lr_scheduler_type", "learning_rate")
 # Where a run is and how it was started is no part of it; model and data are compared by what they are.
 LEFT_OUT = ("output_dir", "resume_from_checkpoint", "run_name", "model_name_or_path", "dataset_name")
 
@@ -52,6 +54,12 @@ def begin(options, extra, checkpoint, error):
                 f"{checkpoint} is of a run with --{name} {then}, not {now}: resume it with --{name} {then}, or start "
                 "a new run in another --output_dir"
             )
+    schedules = {old["settings"]["lr_scheduler_type"], asked["lr_scheduler_type"]}
+    if schedules & STATEFUL and any(asked[name] != old["settings"][name] for name in RATES):
+        error(
+            f"{checkpoint} can't be resumed with another --learning_rate or schedule, as {min(schedules & STATEFUL)} "
+            "keeps its own: resume it with the same, or start a new run in another --output_dir"
+        )
     # Settings that are new in this version of the kit did not change.
     changed = {name: [old["settings"][name], new] for name, new in asked.items() if name in old["settings"]}
     changed = {name: values for name, values in changed.items() if values[0] != values[1]}

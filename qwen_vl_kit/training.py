@@ -180,13 +180,13 @@ class Resumption(TrainerCallback):
         state.compute_steps(args, state.max_steps)
         self.trainer._total_train_tokens = self.tokens  # private (TRL 1.14): it would count from 0 again
         for group, options in zip(optimizer.param_groups, self.trainer.asked, strict=True):
-            group.update(options, initial_lr=options["lr"])
-        if isinstance(lr_scheduler, LambdaLR):
+            group.update({name: value for name, value in options.items() if name != "lr"})
+        if isinstance(lr_scheduler, LambdaLR):  # others carry the learning rate in their state
             rates, at = [options["lr"] for options in self.trainer.asked], lr_scheduler.last_epoch
             now = [rate * factor(at) for rate, factor in zip(rates, lr_scheduler.lr_lambdas, strict=True)]
             lr_scheduler.base_lrs, lr_scheduler._last_lr = rates, now  # private (torch 2.10): what the log shows
-            for group, rate in zip(optimizer.param_groups, now, strict=True):
-                group["lr"] = rate
+            for group, first, rate in zip(optimizer.param_groups, rates, now, strict=True):
+                group["initial_lr"], group["lr"] = first, rate
         best = self.outputs / f"checkpoint-{state.best_global_step}"
         if state.best_global_step and best.is_dir():
             state.best_model_checkpoint = str(best)
