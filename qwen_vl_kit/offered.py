@@ -97,7 +97,9 @@ NEEDS = {
     ),
     **dict.fromkeys(("dataloader_prefetch_factor", "dataloader_persistent_workers"), ("dataloader_num_workers", "2")),
     **dict.fromkeys(("hub_model_id", "hub_private_repo"), ("push_to_hub", "true")),
-    **dict.fromkeys((name for name in UNSEEN if name.startswith(("project", "trackio"))), ("report_to", "trackio")),
+    **dict.fromkeys(
+        ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), ("report_to", "trackio")
+    ),
     "run_name": ("report_to", "wandb"),
 }  # fmt: skip
 UNSET = (None, False, 0, "no", "none", [], ["none"])

@@ -165,6 +165,10 @@ class Rehearsal(TrainerCallback):
             raise TooLarge("the longest samples don't fit into memory")
 
 
+# Of a resumed run these would have the time and the losses of its last part beside the samples and steps of all.
+SUMMARY = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+
+
 class Resumption(TrainerCallback):
     """Has a run that resumes take its settings from its options, and only its state from the checkpoint.
 
@@ -265,8 +269,7 @@ class Trainer(WholeCheckpoints, SFTTrainer):
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss / tokens}, len(rows))
 
     def log(self, logs, start_time=None):
-        # The trainer's summary of a resumed run has the time of its last part beside the samples of all.
-        super().log({name: logs[name] for name in logs if not name.startswith("train_")}, start_time)
+        super().log({name: logs[name] for name in logs if name not in SUMMARY}, start_time)
 
     def save_now(self):
         """Saves a checkpoint between two steps."""

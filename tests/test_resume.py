@@ -89,7 +89,7 @@ def same(one, other):
     ],
 )  # fmt: skip
 def test_options_that_have_to_stay(option, then, now, tiny, stopped, capsys):
-    said = refusal(capsys, tiny, stopped, f"--{option}", now)
+    said = refusal(capsys, tiny, stopped, f"--{option}", now, *("--eval_steps", 1) * (option == "num_validation_rows"))
     assert f"--{option} {then}" in said and f"not {now}" in said and "--output_dir" in said
 
 
