@@ -17,7 +17,7 @@
 # %% [markdown]
 # ## Settings
 # What people change comes first. In a notebook, change it here; in a terminal each setting is an option (`--lora_r 32`,
-# or a line of the YAML file that `--config` names), and so is every other option of TRL's `SFTConfig`.
+# or a line of the YAML file that `--config` names), and so are most other options of TRL's `SFTConfig`.
 
 # %%
 from dataclasses import dataclass

@@ -16,8 +16,8 @@ from trl import TrlParser
 from qwen_vl_kit import checkpoints, export, lock, offered, record, run
 from qwen_vl_kit.sentences import fail
 
-# What the trainer's own defaults would make of a run: losses and checkpoints every 500 steps, NaN hidden from the log, a
-# search for unused parameters in each step, and everything in the output folder pushed to the hub.
+# What the trainer's own defaults would make of a run: losses and checkpoints every 500 steps, NaN hidden from the log,
+# a search for unused parameters in each step, and everything in the output folder pushed to the hub.
 DEFAULTS = {
     "eval_steps": 0.2,
     "save_total_limit": 2,
