@@ -41,7 +41,7 @@ def check(outputs, checkpoint, error):
             f"{outputs} holds a run that has not finished. Resume it with --resume_from_checkpoint true, or leave it "
             "and write to another folder with --output_dir"
         )
-    later = [folder for folder in in_steps(outputs) if own and step_of(folder) > step_of(checkpoint)]
+    later = [folder for folder in in_steps(outputs) if own and step_of(folder) > record_of(checkpoint)["step"]]
     if any(not damage(folder) for folder in later):
         error(
             f"{outputs} holds {later[-1].name}, later than {Path(checkpoint).name}: resume from that, or write what "
@@ -51,11 +51,14 @@ def check(outputs, checkpoint, error):
 
 def in_steps(outputs):
     """The checkpoints in a folder, the earliest first."""
-    return sorted(Path(outputs).glob("checkpoint-*[0-9]"), key=step_of)
+    return sorted(
+        (folder for folder in Path(outputs).glob("checkpoint-*") if folder.name[11:].isdecimal()), key=step_of
+    )
 
 
-def step_of(checkpoint):
-    return int(Path(checkpoint).resolve().name.rpartition("-")[2])
+def step_of(folder):
+    """The step of a checkpoint that has its own name; of one that was renamed, its record knows."""
+    return int(folder.name[11:])
 
 
 def is_finished(outputs, checkpoint):
@@ -87,7 +90,7 @@ def check_steps(options, extra):
 
 
 def more_patient(extra, record):
-    return (extra.early_stopping_patience or math.inf) > (record["settings"]["early_stopping_patience"] or math.inf)
+    return (extra.early_stopping_patience or math.inf) > (record["settings"].get("early_stopping_patience") or math.inf)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,7 +230,7 @@ def make_room(outputs, gigabytes, resumed):
         )
     own = resumed and Path(resumed).resolve().parent == outputs.resolve()
     for folder in in_steps(outputs):
-        if not own or step_of(folder) > step_of(resumed):
+        if not own or step_of(folder) > record_of(resumed)["step"]:
             discard(folder)
 
 

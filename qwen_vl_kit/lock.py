@@ -1,7 +1,7 @@
 """One run in a folder: a lock that ends with the process that holds it, however that ends.
 
-Wraps no step: `options` takes the lock before it looks at what lies in the folder. Of several processes of one run, the
-first holds it for all.
+Wraps `save`, after which the folder is free. `options` takes the lock before it looks at what lies in the folder, and
+`training` before it trains. Of several processes of one run, the first holds it for all.
 """
 
 import json
@@ -46,3 +46,11 @@ def holder(outputs):
         return f"a run (process {about['pid']} on {about['host']}, since {about['since']})"
     except (OSError, ValueError, KeyError):  # it has only just come
         return "another run"
+
+
+def save(step, *results):
+    global held
+    step(*results)
+    if held:  # in a notebook the process goes on
+        held.release()
+    held = None

@@ -141,7 +141,7 @@ def read_options(step, options_class, arguments):
             lock.take(outputs, parser.error)
             checkpoints.put_back(outputs)
         options.resume_from_checkpoint = checkpoint = checkpoints.find(options, parser.error)
-    if len({*gather_object([checkpoints.step_of(checkpoint or "checkpoint-0")])}) > 1:
+    if len({*gather_object([checkpoints.record_of(checkpoint)["step"] if checkpoint else 0])}) > 1:
         parser.error(f"not every process finds {checkpoint}: put --output_dir where all machines see it")
     checkpoints.check(outputs, checkpoint, parser.error)
     if checkpoint and not options.num_train_epochs:  # else how many steps that is depends on the rows

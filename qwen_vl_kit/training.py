@@ -23,7 +23,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from qwen_vl_kit import checkpoints, record, run
+from qwen_vl_kit import checkpoints, lock, record, run
 from qwen_vl_kit.checkpoints import WholeCheckpoints, bring_best, how_to_resume, make_room
 from qwen_vl_kit.memory import TooLarge, is_shortage, must_fit
 from qwen_vl_kit.sentences import fail
@@ -221,6 +221,7 @@ class Trainer(WholeCheckpoints, SFTTrainer):
         outputs = Path(self.args.output_dir)
         trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         if self.args.should_save:
+            lock.take(outputs, fail)
             make_room(outputs, 12 * trainable / 1e9, resume_from_checkpoint)  # AdamW has two numbers for each parameter
             if resume_from_checkpoint:
                 bring_best(outputs, resume_from_checkpoint)
@@ -269,6 +270,9 @@ class Trainer(WholeCheckpoints, SFTTrainer):
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss / tokens}, len(rows))
 
     def log(self, logs, start_time=None):
+        # The trainer takes the whole run for one epoch.
+        rows = len(run.lengths) if self.args.num_train_epochs else len(run.train_rows)
+        self.state.epoch = self.state.global_step * self.args.batch_size / rows
         super().log({name: logs[name] for name in logs if name not in SUMMARY}, start_time)
 
     def save_now(self):

@@ -427,3 +427,24 @@ def test_the_readme_s_line_for_the_script_s_own_checkpoints(tiny, stopped):
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert f"Resuming from {stopped}/checkpoint-6" in ended.stdout
     assert Path(stopped, "run.json").is_file()
+
+
+def test_a_renamed_checkpoint_and_a_folder_can_be_named(tiny, eight, stopped):
+    shutil.copytree(stopped / "checkpoint-4", stopped.with_name("mine"))
+    for named in (stopped.with_name("mine"), stopped):
+        folder = stopped.with_name(f"from-{named.name}")
+        resume(tiny, folder, checkpoint=named)
+        assert same(weights(folder / "adapter"), weights(eight / "adapter"))
+
+
+def test_an_epoch_in_the_log_is_an_epoch(tiny, tmp_path):
+    execute(*tiny, "--num_train_epochs", 2, "--save_strategy", "no", "--output_dir", tmp_path)
+    epochs = logged(tmp_path, "epoch")
+    assert len(epochs) == 20 and (epochs[0], epochs[9], epochs[-1]) == (0.1, 1, 2)
+
+
+def test_a_process_that_goes_on_leaves_the_folder_to_others(tiny, tmp_path):
+    """A notebook's does."""
+    execute(*tiny, "--max_steps", 2, "--output_dir", tmp_path)
+    ended = run(*tiny, "--max_steps", 2, "--output_dir", tmp_path)
+    assert ended.returncode == 0, ended.stderr[-3000:]
