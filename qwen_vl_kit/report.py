@@ -112,7 +112,7 @@ def facts(outputs, metrics, predictions):
         "seed": settings["seed"],
     }
     if "best_step" in train:
-        run["adapter"] = f"that of step {train['best_step']:,}, of the lowest validation loss"
+        run["best step"] = f"{train['best_step']:,}, by validation loss: the adapter is that step's"
     if resumed := metrics.get("run", {}).get("resumed"):
         run["resumed"] = "; ".join(f"after step {part['step']:,}{changes(part['changed'])}" for part in resumed)
     if "train_runtime" in train:
@@ -147,11 +147,14 @@ def make_page(outputs, metrics, predictions, shown):
     sentence = f"On {images} that it never trained on, {after} of its readings match the formula; before, {before} did."
     if seen := metrics.get("rows_of_seen_formulas"):
         sentence += f" {seen} of the images show formulas that also appear in training images."
+    # The page stays on this machine, unlike the card: names as they were typed, but for the folders of absolute ones.
+    model, data = (Path(metrics["settings"][name]) for name in ("model_name_or_path", "dataset_name"))
+    names = {"model": model.name if model.is_absolute() else model, "data": data.name if data.is_absolute() else data}
     return (
         Environment(autoescape=True)
         .from_string(template("report.html.j2"))
         .render(
-            **shown,
+            **shown | names | {"run": shown["run"] | names},
             sentence=sentence,
             settings=metrics["settings"],
             gallery=items,

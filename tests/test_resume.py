@@ -268,7 +268,7 @@ def test_the_best_checkpoint_is_kept_also_in_another_folder(tiny, tmp_path, loss
     trained_with(tiny, tmp_path / "one")
     best = weights(tmp_path / "one/checkpoint-2")
     assert same(weights(tmp_path / "one/adapter"), best) and metrics_of(tmp_path / "one")["train"]["best_step"] == 2
-    assert "that of step 2, of the lowest validation loss" in page(tmp_path / "one")
+    assert "2, by validation loss: the adapter is that step" in page(tmp_path / "one")
     where = tmp_path / "one" / "checkpoint-5"  # two are kept: the best and the last
     assert not where.exists() and (tmp_path / "one/checkpoint-6").exists()
     losses(5, 1, 4, 3, 2, 2, 2, 2)
