@@ -27,7 +27,7 @@ NOTEBOOK_OPTIONS = ""  # in a notebook: options as in a terminal, such as "--con
 
 @dataclass
 class Settings:
-    """Every number of the recipe. The comment behind a setting is its --help."""
+    """Every number of the recipe. The comment after a setting is its --help."""
 
     model_name_or_path: str = "unsloth/Qwen2-VL-7B-Instruct-bnb-4bit"  # the base model: a hub name or a folder
     dataset_name: str = "unsloth/LaTeX_OCR"  # a hub name, a folder, or a parquet, JSON or CSV file
@@ -35,7 +35,7 @@ class Settings:
     max_steps: int = 30  # optimizer steps: 30 show that it works, a few hundred teach
     num_train_epochs: float = 0  # if above 0, overrides max_steps: passes over all training rows
     batch_size: int | None = None  # samples per optimizer step, over all GPUs; None: 8
-    learning_rate: float = 2e-4  # lower it if the loss jumps
+    learning_rate: float = 2e-4  # the highest; lower it if the loss jumps
     lora_r: int = 16  # rank of the adapters: larger ones can learn more
     lora_alpha: int = 16  # what the adapters add is scaled by lora_alpha / lora_r
     min_pixels: int | None = 30_000  # enlarge images with a smaller area; None: the model's default
@@ -55,15 +55,15 @@ class Settings:
     max_pixels: int | None = None  # shrink images with a larger area; None: the model's default
     test_batch_size: int = 64  # held-out images to read at once
     max_new_tokens: int = 128  # token limit of a reading; scoring raises it to the longest true formula
-    temperature: float = 1.5  # of the reading streamed to the screen; scores use greedy decoding
-    min_p: float = 0.1  # in that reading, skip tokens less likely than this fraction of the likeliest
+    temperature: float = 1.5  # of the streamed reading; scores use greedy decoding
+    min_p: float = 0.1  # of the streamed reading: skip tokens less likely than this fraction of the likeliest
     per_device_train_batch_size: int | None = None  # samples at once on a GPU; None: as many as fit
     gradient_accumulation_steps: int | None = None  # micro-batches per optimizer step; None: as batch_size needs
     gradient_checkpointing: bool | None = None  # recompute activations: less memory, slower; None: only if needed
-    warmup_steps: float = 5  # steps of rising learning rate, before it falls linearly
-    optim: str = "adamw_torch_fused"  # the usual 8-bit one saves 0.3 GB, and a step takes 0.1 s more
+    warmup_steps: float = 5  # steps in which the learning rate rises, before it falls
+    optim: str = "adamw_torch_fused"  # optimizer; 8-bit AdamW saves 0.3 GB and adds 0.1 s to a step
     weight_decay: float = 0.001  # pulls the adapters towards zero
-    bf16: bool | None = None  # None: bf16 where the GPU has it, else fp16; 32 bits without a GPU
+    bf16: bool | None = None  # train in bfloat16; None: where the GPU has it, else fp16; 32 bits on a CPU
     logging_steps: float = 1  # steps from one loss in the log to the next
     save_steps: float = 0.2  # steps from one checkpoint to the next; below 1: share of the run
     train_sampling_strategy: str = "sequential"  # the rows are put in order below
@@ -117,7 +117,7 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 # %%
 @step
 def split_batch(options, free):
-    """Fills in how an optimizer step is split into micro-batches that fit into `free` GB. The 7B itself takes 8."""
+    """Fills in how an optimizer step is split into micro-batches that fit into `free` GB. The 7B's weights take 8."""
     size, times = options.per_device_train_batch_size, options.gradient_accumulation_steps
     batch = options.batch_size or (size or 8) * (times or 1)
     if options.gradient_checkpointing is None:
@@ -220,7 +220,7 @@ def order_rows(lengths, options):
             like = sorted(rows[start : min(start + 16 * size, whole)], key=lengths.get)
             batches = [like[first : first + size] for first in range(0, len(like), size)]
             order += [row for batch in chance.sample(batches, len(batches)) for row in batch]
-        # The last step of an epoch is as large as the others, with some rows twice.
+        # The last step of an epoch is as large as the others, with some rows repeated.
         order += (rows[whole:] + rows * (size // len(rows) + 1))[: ceil((len(rows) - whole) / size) * size]
         rows = chance.sample(rows, len(rows))
     return order[: options.max_steps * size]
@@ -240,7 +240,7 @@ print(f"{options.dataset_name}: {len({*order}):,} rows to train on, {len(test_le
 
 # %%
 def to_samples(rows):
-    """Turns rows into samples on demand: a list of them all has exhausted memory (unslothai/unsloth issue 2315)."""
+    """Turns rows into samples on demand: all of them in a list ran out of memory (unslothai/unsloth issue 2315)."""
     answers = [text.strip() + end_of_turn for text in rows[options.text_column]]
     return {"image": rows[options.image_column], "answer": answers}
 
@@ -288,14 +288,14 @@ def load_model(options, dtype, device, storage="uint8"):
     how = {"quantization_config": nf4 if options.load_in_4bit else None, "dtype": dtype, "device_map": {"": device}}
     model = AutoModelForImageTextToText.from_pretrained(options.model_name_or_path, **how)
     for layer in model.modules():
-        if isinstance(layer, Linear4bit):  # else, on some CPUs, it can't be trained once it has generated
+        if isinstance(layer, Linear4bit):  # else, on some CPUs, it can't be trained after generate()
             layer.support_avx512bf16_for_cpu = False
     torch.manual_seed(options.seed)
     return get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"))
 
 
 model = load_model(options, dtype, options.device)
-base = model.generation_config  # of its beams, penalties, ... only the tokens stay
+base = model.generation_config  # without its beams, penalties, ...: only the tokens stay
 base.update(**GenerationConfig(eos_token_id=base.eos_token_id, pad_token_id=base.pad_token_id).to_dict())
 trainable, total = model.get_nb_trainable_parameters()
 print(f"{options.model_name_or_path} on {options.device}: {trainable:,} of {total:,} parameters train")

@@ -35,11 +35,15 @@ def check(outputs, checkpoint, error):
     if shutil.disk_usage(outputs).free < 1e8:
         error(f"less than 0.1 GB is free in {outputs}: make room, or choose another disk with --output_dir")
     own = checkpoint and Path(checkpoint).resolve().parent == outputs.resolve()
+    if not checkpoint and (old := results_of(outputs)):
+        print(f"When this run has finished, it replaces the one of {old['steps']} steps in {outputs}.")
     unfinished = [folder for folder in in_steps(outputs) if not is_finished(outputs, folder)]
     if unfinished and not own:
+        usable = any(not damage(folder) for folder in unfinished)
+        resume = "Resume it with --resume_from_checkpoint true" if usable else "Delete its checkpoints, all damaged"
         error(
-            f"{outputs} holds a run that has not finished. Resume it with --resume_from_checkpoint true, or leave it "
-            "and write to another folder with --output_dir"
+            f"{outputs} holds a run that has not finished. {resume}, or leave it and write to another folder with "
+            "--output_dir"
         )
     later = [folder for folder in in_steps(outputs) if own and step_of(folder) > record_of(checkpoint)["step"]]
     if any(not damage(folder) for folder in later):
@@ -57,18 +61,26 @@ def in_steps(outputs):
 
 
 def step_of(folder):
-    """The step of a checkpoint that has its own name; of one that was renamed, its record knows."""
+    """The step of a checkpoint under its own name. If it was renamed, ask its record."""
     return int(folder.name[11:])
+
+
+def results_of(outputs):
+    """What metrics.json says of the finished run in `outputs`: {"id", "steps", "max_steps", ...}, or {}."""
+    try:
+        run = json.loads((outputs / "metrics.json").read_text(encoding="utf-8"))["run"]
+        return run if {"id", "steps", "max_steps"} <= {*run} else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def is_finished(outputs, checkpoint):
     """Whether the results in `outputs` are those of the run that made this checkpoint, after it."""
     try:
-        record = record_of(checkpoint)
-        run = json.loads((outputs / "metrics.json").read_text(encoding="utf-8"))["run"]
-        return run["id"] == record["id"] and run["steps"] >= record["step"]
-    except (OSError, ValueError, KeyError, TypeError):
+        record, run = record_of(checkpoint), results_of(outputs)
+    except ValueError:
         return False
+    return bool(run) and run["id"] == record["id"] and run["steps"] >= record["step"]
 
 
 def check_steps(options, extra):
@@ -76,7 +88,7 @@ def check_steps(options, extra):
     checkpoint, outputs = options.resume_from_checkpoint, Path(options.output_dir)
     record = record_of(checkpoint)
     if is_finished(outputs, checkpoint):
-        run = json.loads((outputs / "metrics.json").read_text(encoding="utf-8"))["run"]
+        run = results_of(outputs)
         stopped_early = run["steps"] < run["max_steps"]
         if options.max_steps <= run["max_steps"] and not (stopped_early and more_patient(extra, record)):
             more = "more --early_stopping_patience" if stopped_early else "more steps"
@@ -162,7 +174,10 @@ def find(options, error):
             return str(checkpoint)
         damaged[checkpoint] = wrong
     for one, why in damaged.items():
-        error(f"can't resume from {folder}, which holds no whole checkpoint ({one.name}: {why}): start a new run")
+        error(
+            f"can't resume from {folder}, which holds no usable checkpoint ({one.name}: {why}): start a new run in "
+            "another --output_dir"
+        )
     print(f"There is no checkpoint in {folder} yet: starting from the beginning")
     return None
 
@@ -170,7 +185,7 @@ def find(options, error):
 def how_to_resume(outputs):
     """What is safe, and what to type, in words."""
     last = next((folder for folder in reversed(in_steps(outputs)) if not damage(folder)), None)
-    return f"{last} is whole: the same command with --resume_from_checkpoint true resumes from it." if last else ""
+    return f"{last} is complete: the same command with --resume_from_checkpoint true resumes from it." if last else ""
 
 
 def put_back(outputs):

@@ -29,19 +29,32 @@ DEFAULTS = {
 }
 
 
+# What these do here, where TRL's own help says something else.
+HELP = {
+    "max_length": "leave out rows of more tokens than this",
+    "eval_strategy": "when to measure the validation loss: no, steps or epoch",
+    "eval_steps": "steps between two validation losses; below 1: share of the run",
+    "load_best_model_at_end": "make the checkpoint with the lowest validation loss the adapter; needs --eval_strategy",
+    "push_to_hub": "at the end, upload the adapter to --hub_model_id",
+    "hub_model_id": "the adapter's repository on the hub, owner/name",
+    "optim_args": "more arguments for the optimizer, as name=value,name=value",
+    "loss_type": "chunked_nll (the default), nll, or dft",
+}
+
+
 @dataclass
 class ExtraOptions:
-    """What the kit can do beyond the script. The comment behind an option is its --help."""
+    """What the kit can do beyond the script. The comment after an option is its --help."""
 
     max_characters: int = 4000  # leave out rows whose LaTeX is longer: it would fill the memory
     save_merged: bool = False  # at the end, also write base and adapters as one 16-bit model
-    save_gguf: str | None = None  # at the end, also write that for llama.cpp and Ollama: q8_0, ...
-    num_validation_rows: int | None = None  # rows for losses on the way; None: num_test_rows, if wanted
-    early_stopping_patience: int | None = None  # stop when so many losses on them in a row are no better
+    save_gguf: str | None = None  # at the end, also write that as GGUF, for llama.cpp and Ollama: q8_0, ...
+    num_validation_rows: int | None = None  # rows for the validation loss; None: num_test_rows
+    early_stopping_patience: int | None = None  # stop after so many validation losses in a row without improvement
 
 
 def comments(settings_class):
-    """{field: the comment behind it} of a dataclass, from its source. Empty where that is not at hand."""
+    """{field: the comment after it} of a dataclass, from its source. Empty where that is not at hand."""
     try:
         source = inspect.getsource(settings_class)
     except (OSError, TypeError):
@@ -64,9 +77,11 @@ class Parser(TrlParser):
     def __init__(self, classes):
         usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
         super().__init__(classes, usage=usage, allow_abbrev=False)
-        ours = help_of(classes)
+        ours = help_of(classes) | HELP
         for action in self._actions:  # argparse has no public list of its options; TRL's parser reads this one, too
             action.help = ours.get(action.dest, action.help or "").replace(" %", " %%")
+            if action.option_strings[0].startswith("--no_"):
+                action.help = f"turn off --{action.dest}"
         self.set_defaults(**DEFAULTS)
         offered.hide(self)
 
@@ -105,7 +120,10 @@ def check_numbers(options, extra, error):
     if extra.early_stopping_patience is not None and extra.early_stopping_patience < 1:
         error(f"--early_stopping_patience must be at least 1, not {extra.early_stopping_patience}")
     if extra.early_stopping_patience and (options.save_strategy == "no" or options.load_best_model_at_end is False):
-        error("--early_stopping_patience needs the best checkpoint: leave out what keeps that from being saved or used")
+        error(
+            "--early_stopping_patience needs the best checkpoint: leave out --save_strategy no and "
+            "--load_best_model_at_end false"
+        )
     if (extra.num_validation_rows or 0) < 0 or (extra.num_validation_rows == 0 and options.eval_strategy != "no"):
         error("--num_validation_rows must be at least 1: losses on the way need rows of their own")
     if options.num_train_epochs < 0 or (options.max_steps < 1 and not options.num_train_epochs):
@@ -144,10 +162,12 @@ def read_options(step, options_class, arguments):
     if len({*gather_object([checkpoints.record_of(checkpoint)["step"] if checkpoint else 0])}) > 1:
         parser.error(f"not every process finds {checkpoint}: put --output_dir where all machines see it")
     checkpoints.check(outputs, checkpoint, parser.error)
-    if checkpoint and not options.num_train_epochs:  # else how many steps that is depends on the rows
-        checkpoints.check_steps(options, extra)
     run.options, run.extra = options, extra
     record.begin(options, extra, checkpoint, parser.error)
+    if checkpoint and not options.num_train_epochs:  # else how many steps that is depends on the rows
+        checkpoints.check_steps(options, extra)
+    if checkpoint:
+        record.announce(checkpoint)
     if options.process_index == 0:
         run.exports = export.prepare(options, extra)
     run.notes["settings"] = {field.name: getattr(extra, field.name) for field in fields(extra)}

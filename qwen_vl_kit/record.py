@@ -47,12 +47,17 @@ def begin(options, extra, checkpoint, error):
     if not old:
         run.record = {"id": uuid4().hex, "settings": asked, "machine": here, "seconds": 0, "resumed": []}
         return
+    if asked["num_validation_rows"] and not old["settings"].get("num_validation_rows"):
+        error(
+            f"{checkpoint} was made without validation rows: leave out --eval_strategy, --num_validation_rows and "
+            "--early_stopping_patience, or start a new run in another --output_dir"
+        )
     for name in FIXED:
         if asked[name] != old["settings"].get(name):
             then, now = (quote(str(value)) for value in (old["settings"].get(name), asked[name]))
             error(
-                f"{checkpoint} is of a run with --{name} {then}, not {now}: resume it with --{name} {then}, or start "
-                "a new run in another --output_dir"
+                f"{checkpoint} was made with --{name} {then}, not {now}: resume it with --{name} {then}, or start a "
+                "new run in another --output_dir"
             )
     schedules = {old["settings"]["lr_scheduler_type"], asked["lr_scheduler_type"]}
     if schedules & STATEFUL and any(asked[name] != old["settings"][name] for name in RATES):
@@ -66,7 +71,12 @@ def begin(options, extra, checkpoint, error):
     changed |= {name: [then, here.get(name)] for name, then in old["machine"].items() if then != here.get(name)}
     resumed = [*old["resumed"], {"step": old["step"], "date": f"{datetime.now():%Y-%m-%d %H:%M}", "changed": changed}]
     run.record = {**old, "settings": asked, "machine": here, "resumed": resumed}
-    said = "; ".join(f"{name} was {then}, is {now}" for name, (then, now) in changed.items())
+
+
+def announce(checkpoint):
+    """Says what is resumed, and with what changed."""
+    changed = run.record["resumed"][-1]["changed"].items()
+    said = "; ".join(f"{name} changed from {then} to {now}" for name, (then, now) in changed)
     print(f"Resuming from {checkpoint}" + f" ({said})" * bool(said))
 
 

@@ -64,7 +64,7 @@ def make(outputs):
     for name, text in files.items():
         write(outputs / name, text)
     print_summary(metrics, len(predictions))
-    print(f"To look at it: {outputs / 'report.html'}")
+    print(f"Report: {outputs / 'report.html'}")
     show_in_notebook(page, outputs / "report.html")
 
 

@@ -372,7 +372,10 @@ class Attempts:
         resumed = f" (in {parts} parts)" * (parts > 1)
         if state.best_global_step and self.args.load_best_model_at_end:
             numbers["best_step"] = state.best_global_step
-            print(f"The adapter is that of step {state.best_global_step}, of the lowest validation loss.")
+            print(f"The adapter is from step {state.best_global_step}, which had the lowest validation loss.")
+        if state.global_step < state.max_steps:
+            patience = run.extra.early_stopping_patience
+            print(f"Stopped early, after step {state.global_step} of {state.max_steps}: {patience} losses no better.")
         run.notes["train"] = numbers
         run.notes["run"] = {"id": run.record["id"], "steps": state.global_step, "max_steps": self.args.max_steps}
         run.notes["run"] |= {"resumed": run.record["resumed"], "ended": f"{datetime.now():%Y-%m-%d %H:%M}"}
