@@ -47,6 +47,7 @@ def train(name, *changes, limit_gib=None):
     script.train_set = script.train_rows.select(script.order).with_transform(script.to_samples)
     for parameter, weights in zip(trainable, untrained, strict=True):
         parameter.data = weights.clone()
+    run.trained = False
     script.trainer = None
     gc.collect()
     if cuda:

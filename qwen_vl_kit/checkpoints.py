@@ -16,9 +16,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from qwen_vl_kit import export, lock
 from qwen_vl_kit.finished import digest_of
 from qwen_vl_kit.sentences import fail, first_line
 
+PART = ".part"  # the folder of what is not whole yet
 RECORD = "run.json"  # what a checkpoint was made of, and what its files are
 NO_OPTIMIZER = "it has no optimizer state, as --save_only_model leaves it"
 
@@ -69,7 +71,8 @@ def results_of(outputs):
     """What metrics.json says of the finished run in `outputs`: {"id", "steps", "max_steps", ...}, or {}."""
     try:
         run = json.loads((outputs / "metrics.json").read_text(encoding="utf-8"))["run"]
-        return run if {"id", "steps", "max_steps"} <= {*run} else {}
+        there = (outputs / "adapter" / "adapter_model.safetensors").is_file()
+        return run if there and {"id", "steps", "max_steps"} <= {*run} else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -80,11 +83,16 @@ def is_finished(outputs, checkpoint):
         record, run = record_of(checkpoint), results_of(outputs)
     except ValueError:
         return False
-    return bool(run) and run["id"] == record["id"] and run["steps"] >= record["step"]
+    # A run gets another id whenever it resumes, as what follows may differ; the earlier ones hold up to that step.
+    left = {**dict(run.get("earlier", [])), run["id"]: run["steps"]} if run else {}
+    return left.get(record["id"], -1) >= record["step"]
 
 
 def check_steps(options, extra):
-    """Ends the program if a run that resumes has no step left to take, in a sentence, leaving all as it is."""
+    """Ends the program if a run that resumes has no step left to take, in a sentence, leaving all as it is.
+
+    What it is to do at its end is done, in case it was interrupted only then.
+    """
     checkpoint, outputs = options.resume_from_checkpoint, Path(options.output_dir)
     record = record_of(checkpoint)
     if is_finished(outputs, checkpoint):
@@ -93,6 +101,8 @@ def check_steps(options, extra):
         if options.max_steps <= run["max_steps"] and not (stopped_early and more_patient(extra, record)):
             more = "more --early_stopping_patience" if stopped_early else "more steps"
             print(f"The run in {outputs} has already finished, after {run['steps']} steps. To continue, ask for {more}")
+            if options.process_index == 0 and (wanted := export.prepare(options, extra)):
+                export.run(outputs, **wanted)
             sys.exit()
     if record["step"] > options.max_steps:
         fail(
@@ -135,7 +145,7 @@ def record_of(checkpoint):
         if digest == hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest():
             return record
     except FileNotFoundError:
-        raise ValueError(f"{RECORD} is missing: it was interrupted, or not written by qwen_vl_kit") from None
+        raise ValueError(f"{RECORD} is missing, as if qwen_vl_kit had not written it") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         pass
     raise ValueError(f"{RECORD} is damaged")
@@ -168,6 +178,11 @@ def find(options, error):
         error(f"there is no checkpoint {named} to resume from: name another, or leave out --resume_from_checkpoint")
     damaged = {}
     for checkpoint in reversed(in_steps(folder) or [folder] * (named.lower() != "true")):
+        if (checkpoint / "trainer_state.json").is_file() and not (checkpoint / RECORD).exists():
+            error(
+                f"can't resume from {checkpoint}: {RECORD} is missing, as if the script alone had written it. Name an "
+                "earlier one and another --output_dir, or start a new run there"
+            )
         if not (wrong := damage(checkpoint)):
             for one, why in damaged.items():
                 print(f"{one} is damaged ({why}): taking the one before it.")
@@ -190,7 +205,7 @@ def how_to_resume(outputs):
 
 def put_back(outputs):
     """Gives what was moved aside for something newer its place again, if that never took it."""
-    for old in (outputs / "part").glob("old *"):
+    for old in (outputs / PART).glob("old *"):
         if not (outputs / old.name.removeprefix("old ")).exists():
             old.rename(outputs / old.name.removeprefix("old "))
 
@@ -201,7 +216,9 @@ def saving(outputs, what):
 
     What was there before goes only then. Ends the run with a sentence where the disk is full or gone.
     """
-    part = outputs / "part"  # what is being written, or deleted: nobody takes it for something whole
+    if not lock.still_ours():
+        fail(f"{outputs} was deleted or replaced while this run was using it: nothing more is written there.")
+    part = outputs / PART  # what is being written, or deleted: nobody takes it for something whole
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
@@ -227,7 +244,7 @@ def saving(outputs, what):
 
 def discard(checkpoint):
     """Deletes a checkpoint, moved aside first: one that is half deleted is never resumed from."""
-    part = Path(checkpoint).with_name("part")
+    part = Path(checkpoint).with_name(PART)
     shutil.rmtree(part, ignore_errors=True)
     Path(checkpoint).rename(part)
     shutil.rmtree(part)
@@ -273,7 +290,7 @@ class WholeCheckpoints:
         name = f"checkpoint-{self.state.global_step}"
         with saving(outputs, name) if self.args.should_save else nullcontext():
             self.accelerator.wait_for_everyone()
-            self.args.output_dir = str(outputs / "part")
+            self.args.output_dir = str(outputs / PART)
             try:
                 super()._save_checkpoint(model, trial)
             finally:
@@ -281,10 +298,10 @@ class WholeCheckpoints:
             if best and (best == self.state.global_step or (outputs / f"checkpoint-{best}").exists()):
                 self.state.best_model_checkpoint = str(outputs / f"checkpoint-{best}")
             if best and self.args.should_save:
-                self.state.save_to_json(outputs / "part" / name / "trainer_state.json")
+                self.state.save_to_json(outputs / PART / name / "trainer_state.json")
             self.accelerator.wait_for_everyone()  # all files of all processes are there
             if self.args.should_save:
-                seal(outputs / "part" / name, self.describe())
+                seal(outputs / PART / name, self.describe())
         if self.args.should_save and (limit := self.args.save_total_limit):
             others = [folder for folder in in_steps(outputs) if step_of(folder) != best]
             for old in others[: -max(limit - bool(best), 1)]:

@@ -64,6 +64,8 @@ def load(what, name, get, cached=True):
     except (OSError, TypeError, ValueError, DatasetsError, HTTPError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         reason = first_line(cause)
+        if "arget module" in str(error):  # PEFT's, of a model that was found
+            fail(f"--lora_target_modules matches no layer of {name}: leave it out, or choose another expression.")
         if not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):  # nor can the hub have it
             reason = "there is no such file or folder"
         elif cause is not error:

@@ -12,14 +12,13 @@ from errno import EACCES, ENOSPC, EPERM, EROFS
 
 from filelock import FileLock, Timeout
 
-from qwen_vl_kit.checkpoints import write_whole
-
 held = None  # in a notebook the options are read again and again, by the same process
+inode = None  # of the lock's file, as long as that lies where it was
 
 
 def take(outputs, error):
     """Takes the folder `outputs` for this process; calls `error` with a sentence if another process has it."""
-    global held
+    global held, inode
     file = (outputs / ".lock").resolve()
     if held and held.lock_file == str(file):
         return
@@ -27,7 +26,10 @@ def take(outputs, error):
     about = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
     try:
         lock.acquire(timeout=0)
-        write_whole(outputs / ".holder.json", about)
+        part = outputs / ".holder.part"
+        part.write_text(json.dumps(about), encoding="utf-8")
+        part.replace(outputs / ".holder.json")
+        inode = file.stat().st_ino
     except Timeout:
         error(f"{holder(outputs)} is using {outputs}: wait for it, or write to another folder with --output_dir")
     except OSError as reason:
@@ -37,6 +39,14 @@ def take(outputs, error):
     if held:
         held.release()
     held = lock
+
+
+def still_ours():
+    """Whether the lock's file lies where it was: else someone has deleted the folder, and another run may have it."""
+    try:
+        return not held or os.stat(held.lock_file).st_ino == inode
+    except OSError:
+        return False
 
 
 def holder(outputs):

@@ -66,7 +66,7 @@ def load_model(step, options, *arguments, **more):
     torch.backends.cuda.enable_cudnn_sdp(False)
     model = step(options, *arguments, **more)
     must_end(model, options)
-    run.model = model
+    run.model, run.trained = model, False
     run.notes["quantization"] = model.config.to_dict().get("quantization_config")
     adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     vision = sum("vis" in name for name in adapted)

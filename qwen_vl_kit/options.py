@@ -4,6 +4,7 @@ Wraps `read_options`. What can't be done is said now rather than after hours of 
 """
 
 import inspect
+import math
 import os
 import re
 from dataclasses import dataclass, fields
@@ -94,6 +95,9 @@ class Parser(TrlParser):
 
     def set_defaults_with_config(self, **config):
         typed = {key: str(value) if isinstance(value, (bool, int, float)) else value for key, value in config.items()}
+        typed |= {
+            key: "no" for key, value in config.items() if value is False and key.endswith("_strategy")
+        }  # YAML's no
         return super().set_defaults_with_config(**typed)
 
     def error(self, message):
@@ -126,11 +130,24 @@ def check_numbers(options, extra, error):
         )
     if (extra.num_validation_rows or 0) < 0 or (extra.num_validation_rows == 0 and options.eval_strategy != "no"):
         error("--num_validation_rows must be at least 1: losses on the way need rows of their own")
-    if options.num_train_epochs < 0 or (options.max_steps < 1 and not options.num_train_epochs):
+    if not 0 <= options.num_train_epochs < math.inf or (options.max_steps < 1 and not options.num_train_epochs):
         error("--max_steps must be at least 1, unless --num_train_epochs is above 0")
     if options.num_test_rows < 1:
         error("--num_test_rows must be at least 1: without held-out rows there is nothing to measure")
-    for name in ("test_batch_size", "max_new_tokens", "lora_r", "min_pixels", "max_pixels", "max_length"):
+    for name, low, high in (
+        ("seed", 0, 2**32 - 1), ("temperature", 1e-6, math.inf), ("min_p", 0, 1), ("lora_dropout", 0, 0.999),
+        ("dataloader_num_workers", 0, 1024), ("logging_steps", 1e-6, math.inf), ("save_steps", 1e-6, math.inf),
+    ):  # fmt: skip
+        if not low <= getattr(options, name) <= high:
+            error(f"--{name} must lie between {low} and {high}, not be {getattr(options, name)}")
+    least = options.min_pixels if options.min_pixels != type(options).min_pixels else 0
+    if least and options.max_pixels and least > options.max_pixels:
+        error(f"--min_pixels {least} is more than --max_pixels {options.max_pixels}")
+    try:
+        re.compile(options.lora_target_modules)
+    except re.error as reason:
+        error(f"--lora_target_modules is no regular expression: {reason}")
+    for name in ("test_batch_size", "max_new_tokens", "lora_r", "lora_alpha", "min_pixels", "max_pixels", "max_length"):
         value = getattr(options, name)
         if value is not None and value < 1:
             error(f"--{name} must be at least 1, not {value}")

@@ -27,7 +27,7 @@ FIXED = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "optim",
 )  # fmt: skip
 # Schedules with a learning rate of their own, which a checkpoint restores.
-STATEFUL, RATES = {"reduce_lr_on_plateau", "greedy"}, ("lr_scheduler_type", "learning_rate")
+STATEFUL, RATES = {"reduce_lr_on_plateau", "greedy"}, ("lr_scheduler_type", "lr_scheduler_kwargs", "learning_rate")
 # Where a run is and how it was started is no part of it; model and data are compared by what they are.
 LEFT_OUT = ("output_dir", "resume_from_checkpoint", "run_name", "model_name_or_path", "dataset_name")
 
@@ -45,7 +45,9 @@ def begin(options, extra, checkpoint, error):
     here = {"processes": options.world_size, "hardware": here["hardware"], **here["versions"]}
     run.resumed = old = checkpoints.record_of(checkpoint) if checkpoint else None
     if not old:
-        run.record = {"id": uuid4().hex, "settings": asked, "machine": here, "seconds": 0, "resumed": []}
+        run.record = {"id": uuid4().hex, "settings": asked, "machine": here, "seconds": 0, "resumed": []} | {
+            "earlier": []
+        }
         return
     if asked["num_validation_rows"] and not old["settings"].get("num_validation_rows"):
         error(
@@ -70,7 +72,8 @@ def begin(options, extra, checkpoint, error):
     changed = {name: values for name, values in changed.items() if values[0] != values[1]}
     changed |= {name: [then, here.get(name)] for name, then in old["machine"].items() if then != here.get(name)}
     resumed = [*old["resumed"], {"step": old["step"], "date": f"{datetime.now():%Y-%m-%d %H:%M}", "changed": changed}]
-    run.record = {**old, "settings": asked, "machine": here, "resumed": resumed}
+    earlier = [*old["earlier"], [old["id"], old["step"]]]
+    run.record = {**old, "id": uuid4().hex, "earlier": earlier, "settings": asked, "machine": here, "resumed": resumed}
 
 
 def announce(checkpoint):
@@ -136,8 +139,11 @@ def order_rows(step, lengths, options):
             (run.test_rows, str(run.test_rows.split)),
         )
     )
-    held_out = [[number, run.digests["held-out", number].hex()[:12]] for number in run.test_numbers]
-    now = {"train": train, "test": test, "held_out": held_out}
+    held_out, validation = (
+        [[number, digest.hex()[:12]] for (part, number), digest in run.digests.items() if part == kind]
+        for kind in ("held-out", "validation")
+    )
+    now = {"train": train, "test": test, "held_out": held_out, "validation": validation}
     if old := run.resumed:
         checkpoint, step_taken = options.resume_from_checkpoint, old["step"]
         checkpoints.check_steps(options, run.extra)
@@ -148,6 +154,11 @@ def order_rows(step, lengths, options):
                 f"{checkpoint} held out other images than this run would ({describe(old['held_out'])}, now "
                 f"{describe(held_out)}): bring back the data as it was, or start a new run in another --output_dir."
             )
+        if old["validation"] != validation:
+            fail(
+                f"{checkpoint} was validated on other images than this run would be ({describe(old['validation'])}, "
+                f"now {describe(validation)}): bring back the data, or start a new run in another --output_dir."
+            )
         if old["seen"] != seen(step_taken):
             fail(
                 f"The {step_taken * options.batch_size:,} samples that {checkpoint} was trained on can't be found in "
@@ -157,6 +168,8 @@ def order_rows(step, lengths, options):
     run.record |= now
     if options.process_index == 0:
         checkpoints.write_whole(Path(options.output_dir, checkpoints.RECORD), run.record)
+        lines = "".join(json.dumps(row) + "\n" for row in run.skipped)
+        Path(options.output_dir, "skipped.jsonl").write_text(lines, encoding="utf-8")
     return order
 
 
@@ -180,4 +193,4 @@ def at_step(trainer, seconds):
     now = {"step": step, "seen": seen(step), "seconds": seconds}
     if torch.cuda.is_available():
         now["peak_memory_gb"] = max(torch.cuda.max_memory_reserved() / 1e9, run.record.get("peak_memory_gb", 0))
-    return run.record | now | {"tokens": trainer._total_train_tokens}  # private (TRL 1.14)
+    return run.record | now | trainer.unlogged()

@@ -144,7 +144,8 @@ def make_page(outputs, metrics, predictions, shown):
     items = gallery(outputs, predictions)
     before, after = (as_text("formula_match", metrics[when]["formula_match"]) for when in ("before", "after"))
     images = f"{len(predictions)} image{'s' * (len(predictions) != 1)}"
-    sentence = f"On {images} that it never trained on, {after} of its readings match the formula; before, {before} did."
+    never = " that it never trained on" * ("run" in metrics)  # who resumes the script alone is not asked
+    sentence = f"On {images}{never}, {after} of its readings match the formula; before, {before} did."
     if seen := metrics.get("rows_of_seen_formulas"):
         sentence += f" {seen} of the images show formulas that also appear in training images."
     # The page stays on this machine, unlike the card: names as they were typed, but for the folders of absolute ones.
@@ -254,7 +255,7 @@ def curve(log):
         [(entry["step"], entry[name]) for entry in log if name in entry]
         for name in ("loss", "eval_loss", "learning_rate")
     )
-    last = max([step for step, _ in losses + validation], default=1)
+    last = max([entry["step"] for entry in log if "step" in entry], default=1)
     most = max([loss for _, loss in losses + validation if np.isfinite(loss)], default=1) or 1
     fastest = max([rate for _, rate in rates], default=1) or 1
 
@@ -298,7 +299,7 @@ def make_card(metrics, shown):
         **{key: settings[setting] for key, setting in hub.items() if setting not in shown["local"]},
     )
     filled = {"name": data.model_name, "instruction": settings["instruction"]} | shown
-    filled["layers"] = metrics.get("adapted_layers")
+    filled |= {"layers": metrics.get("adapted_layers"), "guarded": "run" in metrics}
     return str(ModelCard.from_template(data, template_str=template("card.md.j2"), **filled))
 
 

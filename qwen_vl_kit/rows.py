@@ -150,17 +150,15 @@ def examine(row, options, held_out, special_tokens):
     return picture, digest
 
 
-def report_skipped(skipped, kind, file):
-    """Prints how many rows were left out, and why; adds them to `file`, a line of JSON each."""
+def report_skipped(skipped, kind):
+    """Prints how many rows were left out, and why. `record` writes them down when it is clear that the run begins."""
     reasons = defaultdict(list)
     for row in skipped:
         reasons[row["reason"]].append(row["row"])
     for reason, numbers in reasons.items():
         named = ", ".join(map(str, sorted(numbers)[:20])) + (", ..." if len(numbers) > 20 else "")
         print(f"Left out {len(numbers)} {kind} row{'s' * (len(numbers) > 1)} ({reason}): {named}")
-    if run.options.process_index == 0:
-        with open(file, "w" if kind == "held-out" else "a", encoding="utf-8") as lines:
-            lines.writelines(json.dumps(row) + "\n" for row in skipped)
+    run.skipped += skipped
 
 
 def pick(rows, wanted, excluded, options, kind, done=()):
@@ -191,7 +189,7 @@ def pick(rows, wanted, excluded, options, kind, done=()):
             digests.add(digest)
             run.digests[kind, number] = hashlib.sha256(digest + text.encode()).digest()[:16]
             bar.update()
-    report_skipped(skipped, kind, Path(options.output_dir, "skipped.jsonl"))
+    report_skipped(skipped, kind)
     return lengths, digests, examined
 
 
@@ -199,8 +197,10 @@ def choose_rows(step, rows, wanted, held_out, options):
     """The first call is for held-out rows, the second for those to validate and to train on."""
     decoded, rows = rows, rows.cast_column(options.image_column, Image(decode=False))
     if not held_out:
-        run.digests = {}
+        run.digests, run.skipped = {}, []
         lengths, digests, run.test_examined = pick(rows, wanted, held_out, options, "held-out")
+        if len(digests) < len(lengths):
+            print(f"{len(lengths) - len(digests)} of the held-out rows have the same image as another one")
         run.test_rows, run.test_numbers = rows, [*lengths]
         enough(options, "", lengths)
         return lengths, digests

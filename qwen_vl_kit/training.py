@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
@@ -81,6 +81,8 @@ def order_rows(step, lengths, options):
         if getattr(options, f"{what}_strategy") == "epoch":
             setattr(options, f"{what}_strategy", type(getattr(options, f"{what}_strategy"))("steps"))
             setattr(options, f"{what}_steps", min(steps_of_epoch, options.max_steps))
+    if options.eval_strategy != "no" and (options.eval_delay or 0) > options.max_steps:
+        fail(f"--eval_delay {options.eval_delay} is longer than the run ({options.max_steps} steps): lower it.")
     return step(lengths, options)
 
 
@@ -178,11 +180,12 @@ class Resumption(TrainerCallback):
 
     def __init__(self, trainer, checkpoint):
         self.trainer, self.outputs = trainer, Path(trainer.args.output_dir)
-        self.tokens = checkpoints.record_of(checkpoint)["tokens"]
+        self.record = checkpoints.record_of(checkpoint)
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         state.compute_steps(args, state.max_steps)
-        self.trainer._total_train_tokens = self.tokens  # private (TRL 1.14): it would count from 0 again
+        args.eval_on_start = False  # it was then
+        self.trainer.take_up(self.record)
         for group, options in zip(optimizer.param_groups, self.trainer.asked, strict=True):
             group.update({name: value for name, value in options.items() if name != "lr"})
         if isinstance(lr_scheduler, LambdaLR):  # others carry the learning rate in their state
@@ -192,10 +195,11 @@ class Resumption(TrainerCallback):
             for group, first, rate in zip(optimizer.param_groups, rates, now, strict=True):
                 group["initial_lr"], group["lr"] = first, rate
         best = self.outputs / f"checkpoint-{state.best_global_step}"
-        if state.best_global_step and best.is_dir():
+        wrong = checkpoints.damage(best) if state.best_global_step else ""
+        if state.best_global_step and not wrong:
             state.best_model_checkpoint = str(best)
         elif state.best_global_step:
-            print(f"{best.name}, the best so far, is gone: the best of the steps to come is kept.")
+            print(f"{best.name}, the best so far, can't be used ({wrong}): the best of the steps to come is kept.")
             state.best_global_step = state.best_metric = state.best_model_checkpoint = None
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
@@ -275,9 +279,56 @@ class Trainer(WholeCheckpoints, SFTTrainer):
         self.state.epoch = self.state.global_step * self.args.batch_size / rows
         super().log({name: logs[name] for name in logs if name not in SUMMARY}, start_time)
 
+    def unlogged(self):
+        """What the libraries' checkpoints lack: tokens counted, and what the next log entry is to average."""
+        # Private (transformers 5.17, TRL 1.14): else a resumed run counts from 0, and averages fewer steps.
+        parts = {"loss": float(self._tr_loss), "since": self._globalstep_last_logged, "means": self._metrics["train"]}
+        return {"tokens": self._total_train_tokens, "unlogged": parts}
+
+    def take_up(self, saved):
+        """Restores the same."""
+        self._total_train_tokens, parts = saved["tokens"], saved["unlogged"]
+        if self.args.world_size == 1:  # several have a part of it each, and the checkpoint has the first one's
+            self._tr_loss += parts["loss"]
+            self._globalstep_last_logged = parts["since"]
+            self._metrics["train"].update(parts["means"])
+
+    def _load_best_model(self):
+        # Private (transformers 5.17): it would take what is damaged, and pass the last adapter for one that is missing.
+        best = Path(self.state.best_model_checkpoint)
+        if wrong := checkpoints.damage(best):
+            print(f"{best.name}, the best, can't be used ({wrong}): the adapter is that of the last step.")
+            self.state.best_global_step = self.state.best_model_checkpoint = None
+        else:
+            super()._load_best_model()
+
     def save_now(self):
-        """Saves a checkpoint between two steps."""
+        """Saves a checkpoint between two steps, to resume from."""
+        # What a part of the next step has added is dropped: that step is taken again.
+        entry = next((entry for entry in reversed(self.state.log_history) if "num_tokens" in entry), {"step": -1})
+        if entry["step"] == self.state.global_step:
+            self._total_train_tokens = int(entry["num_tokens"])
+        self._tr_loss, self._globalstep_last_logged = torch.zeros_like(self._tr_loss), self.state.global_step
+        self._metrics["train"].clear()
+        only, self.args.save_only_model = self.args.save_only_model, False
         self._save_checkpoint(self.model)
+        self.args.save_only_model = only
+
+    def finish_early(self, checkpoint):
+        """Takes up a run that early stopping had ended before it was interrupted. Returns whether that is so."""
+        state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        saved = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+        patience = run.extra.early_stopping_patience
+        if not patience or saved.get("early_stopping_patience_counter", 0) < patience:
+            return False
+        best = Path(self.args.output_dir, f"checkpoint-{state.best_global_step}")
+        if self.args.should_save:
+            bring_best(Path(self.args.output_dir), checkpoint)
+        self.accelerator.wait_for_everyone()
+        self.state, state.best_model_checkpoint, state.max_steps = state, str(best), self.args.max_steps
+        self._load_from_checkpoint(checkpoint)
+        self._load_best_model()
+        return True
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -319,7 +370,14 @@ class Attempts:
         return getattr(self.trainer, name)
 
     def train(self, resume_from_checkpoint=None):
-        run.began, checkpoint = time.perf_counter(), resume_from_checkpoint
+        if run.trained:
+            fail(
+                "This model has trained already, and would go on from there: run all cells from the settings on. To "
+                "resume a run that was stopped, add --resume_from_checkpoint true to its options."
+            )
+        run.began, checkpoint, run.trained = time.perf_counter(), resume_from_checkpoint, True
+        if checkpoint and self.trainer.finish_early(checkpoint):
+            return self.note()
         with must_fit("a training step"):
             while not (result := self.attempt(checkpoint, last=len(run.layouts) == 1)):
                 run.layouts = run.layouts[1:]
@@ -377,8 +435,9 @@ class Attempts:
             patience = run.extra.early_stopping_patience
             print(f"Stopped early, after step {state.global_step} of {state.max_steps}: {patience} losses no better.")
         run.notes["train"] = numbers
-        run.notes["run"] = {"id": run.record["id"], "steps": state.global_step, "max_steps": self.args.max_steps}
-        run.notes["run"] |= {"resumed": run.record["resumed"], "ended": f"{datetime.now():%Y-%m-%d %H:%M}"}
+        run.notes["run"] = {name: run.record[name] for name in ("id", "earlier", "resumed")}
+        run.notes["run"] |= {"steps": state.global_step, "max_steps": self.args.max_steps}
+        run.notes["run"]["ended"] = f"{datetime.now():%Y-%m-%d %H:%M}"
         print(f"Trained in {seconds:.0f} s{resumed}, {speed:.1f} samples/s{memory}.")
 
 

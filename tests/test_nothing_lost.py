@@ -116,7 +116,7 @@ def assert_ended_alike(folder, whole):
     assert same(state(folder / last), state(whole / last))
     for name in ("adapter/adapter_model.safetensors", "predictions.jsonl"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
-    assert not (folder / "part").exists()
+    assert not (folder / ".part").exists()
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def zygote(environment):
 def test_twenty_kills_at_random_moments_while_another_tries_to_enter(tiny, whole, tmp_path):
     seed = int(os.environ.get("KILLS_SEED", random.randrange(10**6)))
     print("seed of the kills:", seed)
-    chance, folder, part, kills = random.Random(seed), tmp_path / "out", tmp_path / "out" / "part", []
+    chance, folder, part, kills = random.Random(seed), tmp_path / "out", tmp_path / "out" / ".part", []
     environment = os.environ | {"PYTHONPATH": f"{slow_disk(tmp_path)}:{ROOT / 'tests'}"}
     Path(f"{folder}.log").touch()
     options = [*tiny, "--resume_from_checkpoint", "true", "--output_dir", folder]
@@ -255,7 +255,7 @@ def test_a_second_signal_ends_it_at_once(tiny, tmp_path):
     folder = tmp_path / "out"
     with started(tiny, folder) as process:
         assert wait_for(lambda: steps(folder), process)
-        assert wait_for(lambda: list((folder / "part").glob("checkpoint-*")), process)
+        assert wait_for(lambda: list((folder / ".part").glob("checkpoint-*")), process)
         process.send_signal(signal.SIGINT)
         assert wait_for(lambda: "Interrupt again" in said(folder), process)
         process.send_signal(signal.SIGINT)
@@ -318,7 +318,7 @@ def test_a_checkpoint_saved_again_and_the_best_one_stay_whole(tiny, tmp_path, mo
     monkeypatch.setattr(sys.modules["__main__"], "Options", names["Options"], raising=False)
     trainer.save_now()  # as after running out of memory
     assert same(state(tmp_path / "checkpoint-4")["optimizer.pt"], before["optimizer.pt"])
-    assert not (tmp_path / "part").exists()
+    assert not (tmp_path / ".part").exists()
 
 
 # From the twelfth step on (in an epoch that is not the first), one row has a loss or a gradient that is NaN.
@@ -426,7 +426,7 @@ def test_a_disk_that_fills_up_leaves_what_was_saved(tiny, whole, tmp_path):
         assert f"{last} is whole" in reason and "Make room" in reason and "--resume_from_checkpoint true" in reason
         for step in steps(folder):
             assert same(state(folder / f"checkpoint-{step}"), state(whole / f"checkpoint-{step}"))
-        assert not (folder / "part").exists()
+        assert not (folder / ".part").exists()
         (folder / "filler").unlink()
         ended = run(*tiny, "--output_dir", folder, "--resume_from_checkpoint", "true")
         assert ended.returncode == 0, ended.stderr[-3000:]

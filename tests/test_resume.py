@@ -85,12 +85,18 @@ def same(one, other):
     [
         ("seed", "3407", "7"), ("num_test_rows", "2", "6"), ("lora_r", "16", "8"), ("batch_size", "4", "8"),
         ("instruction", "'Write the LaTeX", "Read."), ("min_pixels", "3136", "6272"), ("lora_alpha", "16", "32"),
-        ("optim", "adamw_torch_fused", "adafactor"), ("num_validation_rows", "0", "4"),
+        ("optim", "adamw_torch_fused", "adafactor"),
     ],
 )  # fmt: skip
 def test_options_that_have_to_stay(option, then, now, tiny, stopped, capsys):
-    said = refusal(capsys, tiny, stopped, f"--{option}", now, *("--eval_steps", 1) * (option == "num_validation_rows"))
+    said = refusal(capsys, tiny, stopped, f"--{option}", now)
     assert f"--{option} {then}" in said and f"not {now}" in said and "--output_dir" in said
+
+
+def test_validation_can_not_be_switched_on(tiny, stopped, capsys):
+    for options in (("--eval_strategy", "steps"), ("--num_validation_rows", 4), ("--early_stopping_patience", 2)):
+        said = refusal(capsys, tiny, stopped, *options, "--eval_steps", 1)
+        assert "was made without validation rows: leave out --eval_strategy" in said
 
 
 def test_other_rows_another_base_and_other_images_are_noticed(tiny, stopped, tmp_path, capsys):
@@ -160,7 +166,7 @@ def test_checkpoints_without_an_optimizer_are_refused(tiny, tmp_path, capsys):
 def test_a_changed_learning_rate_and_schedule_are_taken_and_told(tiny, eight, stopped, capsys):
     resume(tiny, stopped, "--learning_rate", "5e-4", "--weight_decay", "0.1", "--max_steps", 12)
     said = capsys.readouterr().out
-    assert "learning_rate was 0.001, is 0.0005" in said and "max_steps was 8, is 12" in said
+    assert "learning_rate changed from 0.001 to 0.0005" in said and "max_steps changed from 8 to 12" in said
     rates = logged(stopped, "learning_rate")
     assert rates[:6] == logged(eight, "learning_rate")[:6]
     assert rates[6:] == pytest.approx([5e-4 * (12 - step) / 7 for step in range(6, 12)])  # after 5 steps of warm-up
@@ -280,7 +286,7 @@ def test_the_best_checkpoint_is_kept_also_in_another_folder(tiny, tmp_path, loss
     shutil.rmtree(tmp_path / "one/checkpoint-2")
     capsys.readouterr()
     execute(*options[:-2], tmp_path / "three", "--resume_from_checkpoint", tmp_path / "one/checkpoint-6")
-    assert "checkpoint-2, the best so far, is gone" in capsys.readouterr().out
+    assert "checkpoint-2, the best so far, can't be used" in capsys.readouterr().out
     assert metrics_of(tmp_path / "three")["train"]["best_step"] == 7
 
 
@@ -394,8 +400,12 @@ def test_more_than_fifty_damages_are_noticed(stopped, capsys):
     assert checkpoints.find(options, pytest.fail) == str(last)
     for name, damage in damages().items():
         damage(last)
-        assert checkpoints.find(options, pytest.fail) == str(stopped / "checkpoint-5"), name
-        assert f"{last} is damaged (" in capsys.readouterr().out
+        if name == "run.json gone":  # it could be the script's own
+            with pytest.raises(pytest.fail.Exception, match="as if the script alone had written it"):
+                checkpoints.find(options, pytest.fail)
+        else:
+            assert checkpoints.find(options, pytest.fail) == str(stopped / "checkpoint-5"), name
+            assert f"{last} is damaged (" in capsys.readouterr().out
         shutil.rmtree(last)
         shutil.copytree(kept, last)
     assert len(damages()) > 50
@@ -418,7 +428,7 @@ def test_if_all_are_damaged_or_a_damaged_one_is_named_it_is_said(tiny, stopped, 
     for folder in stopped.glob("checkpoint-[12356]"):
         damages()["rng_state.pth gone"](folder)
     said = refusal(capsys, tiny, stopped)
-    assert "no whole checkpoint" in said and "rng_state.pth is missing" in said
+    assert "no usable checkpoint" in said and "rng_state.pth is missing" in said
 
 
 def test_the_readme_s_line_for_the_script_s_own_checkpoints(tiny, stopped):
@@ -448,3 +458,152 @@ def test_a_process_that_goes_on_leaves_the_folder_to_others(tiny, tmp_path):
     execute(*tiny, "--max_steps", 2, "--output_dir", tmp_path)
     ended = run(*tiny, "--max_steps", 2, "--output_dir", tmp_path)
     assert ended.returncode == 0, ended.stderr[-3000:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What an attack found
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def killed_after_four(tiny, folder, losses, *options):
+    """A run that ends at step 5, of which there is no validation loss; step 2 is the best, of checkpoints 2 and 4."""
+    losses(5, 1, 4, 3)
+    with suppress(IndexError):
+        trained_with(tiny, folder, *options)
+    losses(5, 1, 4, 3, 3, 3)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors a bit flipped late", "adapter_model.safetensors gone"])
+def test_a_damaged_best_checkpoint_is_not_passed_for_whole(name, tiny, tmp_path, losses, capsys):
+    killed_after_four(tiny, tmp_path, losses)
+    damages()[name](tmp_path / "checkpoint-2")
+    trained_with(tiny, tmp_path, "--resume_from_checkpoint", "true")
+    assert "checkpoint-2, the best so far, can't be used" in capsys.readouterr().out
+    assert metrics_of(tmp_path)["train"]["best_step"] == 5
+
+
+def test_a_best_checkpoint_that_goes_while_it_trains_is_told(tiny, tmp_path, losses, monkeypatch, capsys):
+    from qwen_vl_kit import training
+
+    losses(5, 1, 4, 3, 3, 3)
+    load = training.Trainer._load_best_model
+    monkeypatch.setattr(
+        training.Trainer, "_load_best_model", lambda self: (shutil.rmtree(tmp_path / "checkpoint-2"), load(self))
+    )
+    trained_with(tiny, tmp_path)
+    assert "checkpoint-2, the best, can't be used" in capsys.readouterr().out
+    assert "best_step" not in metrics_of(tmp_path)["train"]
+    assert same(weights(tmp_path / "adapter"), weights(tmp_path / "checkpoint-6"))
+
+
+def test_early_stopping_that_had_stopped_before_a_kill(tiny, tmp_path, losses):
+    losses(5, 1, 4, 3, 0.5, 0.4)
+    patient = ("--early_stopping_patience", 2)
+    trained_with(tiny, tmp_path / "whole", *patient)
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed", ignore=shutil.ignore_patterns("adapter", "metrics.json"))
+    trained_with(tiny, tmp_path / "killed", *patient, "--resume_from_checkpoint", "true")
+    assert metrics_of(tmp_path / "killed")["run"]["steps"] == metrics_of(tmp_path / "whole")["run"]["steps"] == 4
+    assert same(weights(tmp_path / "killed/adapter"), weights(tmp_path / "whole/adapter"))
+
+
+def test_the_cell_that_trains_run_again_is_refused(tiny, tmp_path):
+    names = execute(*tiny, "--max_steps", 2, "--output_dir", tmp_path)
+    with pytest.raises(SystemExit, match="has trained already"):
+        names["trainer"].train()
+    with pytest.raises(SystemExit, match="has trained already"):
+        names["make_trainer"]().train()
+
+
+def test_running_out_of_memory_keeps_the_optimizer(tiny, eight, tmp_path, monkeypatch):
+    """Also where checkpoints are to have none. The log's means and tokens are those of an undisturbed run."""
+    from trl import SFTTrainer
+
+    step, taken = SFTTrainer.training_step, []
+
+    def training_step(self, *arguments, **options):
+        loss = step(self, *arguments, **options)
+        taken.append(loss)
+        if len(taken) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss
+
+    monkeypatch.setattr(SFTTrainer, "training_step", training_step)
+    options = ("--save_only_model", "true", "--gradient_checkpointing", "false", "--lora_dropout", 0)
+    execute(*tiny, *STEPS, *options, "--output_dir", tmp_path / "short")
+    monkeypatch.undo()
+    execute(*tiny, *STEPS, *options, "--output_dir", tmp_path / "whole")
+    for what in ("learning_rate", "num_tokens"):
+        assert logged(tmp_path / "short", what) == logged(tmp_path / "whole", what)
+    assert logged(tmp_path / "short", "loss") == pytest.approx(logged(tmp_path / "whole", "loss"), rel=1e-4)
+
+
+def test_a_log_entry_over_an_interruption_is_that_of_all_its_steps(tiny, stopped, tmp_path):
+    options = (*tiny, "--max_steps", 8, "--logging_steps", 4, "--save_total_limit", 100)
+    execute(*options, "--output_dir", tmp_path / "whole")
+    folder = tmp_path / "parts"
+    execute(*options, "--output_dir", folder, "--resume_from_checkpoint", tmp_path / "whole/checkpoint-6")
+    for what in ("loss", "entropy", "mean_token_accuracy", "num_tokens"):
+        assert logged(folder, what) == logged(tmp_path / "whole", what)
+
+
+def test_a_continuation_that_was_interrupted_is_not_taken_for_the_finished_run(tiny, eight, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(eight, folder, ignore=shutil.ignore_patterns("checkpoint-8", ".*"))
+    finished = (folder / "metrics.json").read_bytes()
+    resume(tiny, folder, "--learning_rate", "1e-4", "--max_steps", 9)  # from step 7, to other results
+    assert metrics_of(folder)["run"]["resumed"][0]["step"] == 7
+    (folder / "metrics.json").write_bytes(finished)  # as if interrupted before they were written
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        execute(*tiny, "--max_steps", 2, "--seed", 1, "--output_dir", folder)
+    assert "has not finished" in capsys.readouterr().err
+
+
+def test_other_validation_images_are_noticed(tiny, tmp_path, losses, capsys):
+    killed_after_four(tiny, tmp_path / "out", losses)
+    rows = load_dataset("parquet", data_files=tiny[3], split="train")
+    (number, _), *_ = checkpoints.record_of(tmp_path / "out/checkpoint-4")["validation"]
+    images = [image.copy() for image in rows["image"]]
+    images[number].putpixel((0, 0), (200, 0, 0) if images[number].mode == "RGB" else 200)
+    changed = Dataset.from_dict({"image": images, "text": rows["text"][:]}, features=rows.features)
+    changed.to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(SystemExit, match="was validated on other images"):
+        trained_with(
+            tiny, tmp_path / "out", "--dataset_name", tmp_path / "x.parquet", "--resume_from_checkpoint", "true"
+        )
+
+
+def test_what_others_keep_in_the_folder_stays(tiny, stopped):
+    for name in ("checkpoint-6-good-1", "checkpoint-best1", "part"):
+        shutil.copytree(stopped / "checkpoint-3", stopped / name)
+    resume(tiny, stopped, "--save_total_limit", 1)
+    assert all((stopped / name / "run.json").is_file() for name in ("checkpoint-6-good-1", "checkpoint-best1", "part"))
+
+
+def test_a_refused_run_leaves_the_list_of_skipped_rows(tiny, eight, tmp_path):
+    folder = shutil.copytree(eight, tmp_path / "out", ignore=shutil.ignore_patterns(".*"))
+    (folder / "skipped.jsonl").write_text('{"row": 5}\n')
+    for options in (("--num_test_rows", 50), ("--num_test_rows", 42)):
+        with pytest.raises(SystemExit):
+            execute(*tiny, *STEPS, *options, "--output_dir", folder)
+    assert (folder / "skipped.jsonl").read_text() == '{"row": 5}\n'
+
+
+def test_a_folder_that_was_deleted_meanwhile_is_left_alone(tiny, tmp_path, monkeypatch):
+    from qwen_vl_kit import training
+
+    describe = training.Trainer.describe
+
+    def replaced(self):
+        if self.state.global_step == 2:
+            shutil.rmtree(tmp_path / "out")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / ".lock").write_text("")  # another run's
+            (tmp_path / "out" / "theirs").write_text("x")
+            (tmp_path / "out" / ".part" / "checkpoint-2").mkdir(parents=True)
+        return describe(self)
+
+    monkeypatch.setattr(training.Trainer, "describe", replaced)
+    with pytest.raises(SystemExit, match="was deleted or replaced"):
+        execute(*tiny, "--max_steps", 4, "--output_dir", tmp_path / "out")
+    assert (tmp_path / "out" / "theirs").exists()
