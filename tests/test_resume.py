@@ -607,3 +607,12 @@ def test_a_folder_that_was_deleted_meanwhile_is_left_alone(tiny, tmp_path, monke
     with pytest.raises(SystemExit, match="was deleted or replaced"):
         execute(*tiny, "--max_steps", 4, "--output_dir", tmp_path / "out")
     assert (tmp_path / "out" / "theirs").exists()
+
+
+def test_what_is_asked_for_at_the_end_is_done_for_a_finished_run(tiny, eight, tmp_path, capfd):
+    folder = shutil.copytree(eight, tmp_path / "out", ignore=shutil.ignore_patterns(".*"))
+    with pytest.raises(SystemExit) as ended:
+        resume(tiny, folder, "--save_merged", "true")
+    printed = capfd.readouterr()
+    assert "has already finished" in printed.out and "Not merged" in printed.err  # eight steps have taught too little
+    assert ended.value.code == 1
