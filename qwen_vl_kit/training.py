@@ -432,8 +432,10 @@ class Attempts:
             numbers["best_step"] = state.best_global_step
             print(f"The adapter is from step {state.best_global_step}, which had the lowest validation loss.")
         if state.global_step < state.max_steps:
-            patience = run.extra.early_stopping_patience
-            print(f"Stopped early, after step {state.global_step} of {state.max_steps}: {patience} losses no better.")
+            print(
+                f"Stopped early, after step {state.global_step} of {state.max_steps}: the validation loss had not "
+                f"improved {run.extra.early_stopping_patience} times in a row."
+            )
         run.notes["train"] = numbers
         run.notes["run"] = {name: run.record[name] for name in ("id", "earlier", "resumed")}
         run.notes["run"] |= {"steps": state.global_step, "max_steps": self.args.max_steps}
