@@ -45,9 +45,8 @@ def begin(options, extra, checkpoint, error):
     here = {"processes": options.world_size, "hardware": here["hardware"], **here["versions"]}
     run.resumed = old = checkpoints.record_of(checkpoint) if checkpoint else None
     if not old:
-        run.record = {"id": uuid4().hex, "settings": asked, "machine": here, "seconds": 0, "resumed": []} | {
-            "earlier": []
-        }
+        run.record = {"id": uuid4().hex, "settings": asked, "machine": here, "seconds": 0}
+        run.record |= {"resumed": [], "earlier": []}  # where it was resumed, and the ids it had by then
         return
     if asked["num_validation_rows"] and not old["settings"].get("num_validation_rows"):
         error(
