@@ -151,8 +151,11 @@ def record_of(checkpoint):
     raise ValueError(f"{RECORD} is damaged")
 
 
-def damage(checkpoint):
-    """What is wrong with a checkpoint, in words; an empty string if it is whole."""
+def damage(checkpoint, to_resume=True):
+    """What is wrong with a checkpoint, in words; an empty string if it is whole.
+
+    Only to resume from it, it needs the state of the optimizer.
+    """
     try:
         files = record_of(checkpoint)["files"]
         for name, (size, digest) in files.items():
@@ -163,7 +166,7 @@ def damage(checkpoint):
                 return f"{name} has {file.stat().st_size:,} bytes, not {size:,}"
             if digest_of(file) != digest:
                 return f"the content of {name} has changed"
-        return "" if any(name.startswith("optimizer") for name in files) else NO_OPTIMIZER
+        return NO_OPTIMIZER if to_resume and not any(name.startswith("optimizer") for name in files) else ""
     except (ValueError, OSError) as error:
         return first_line(error)
 
@@ -270,7 +273,7 @@ def bring_best(outputs, resumed):
     """Copies the best checkpoint so far beside those to come, where a run resumes in another folder."""
     best = json.loads(Path(resumed, "trainer_state.json").read_text(encoding="utf-8")).get("best_global_step")
     source = Path(resumed).resolve().with_name(f"checkpoint-{best}")
-    if best and source.parent != outputs.resolve() and source.is_dir() and not damage(source):
+    if best and source.parent != outputs.resolve() and source.is_dir() and not damage(source, to_resume=False):
         with saving(outputs, source.name) as part:
             shutil.copytree(source, part / source.name)
 

@@ -195,7 +195,7 @@ class Resumption(TrainerCallback):
             for group, first, rate in zip(optimizer.param_groups, rates, now, strict=True):
                 group["initial_lr"], group["lr"] = first, rate
         best = self.outputs / f"checkpoint-{state.best_global_step}"
-        wrong = checkpoints.damage(best) if state.best_global_step else ""
+        wrong = checkpoints.damage(best, to_resume=False) if state.best_global_step else ""
         if state.best_global_step and not wrong:
             state.best_model_checkpoint = str(best)
         elif state.best_global_step:
@@ -296,7 +296,7 @@ class Trainer(WholeCheckpoints, SFTTrainer):
     def _load_best_model(self):
         # Private (transformers 5.17): it would take what is damaged, and pass the last adapter for one that is missing.
         best = Path(self.state.best_model_checkpoint)
-        if wrong := checkpoints.damage(best):
+        if wrong := checkpoints.damage(best, to_resume=False):
             print(f"{best.name}, the best, can't be used ({wrong}): the adapter is that of the last step.")
             self.state.best_global_step = self.state.best_model_checkpoint = None
         else:

@@ -229,7 +229,9 @@ def test_a_signal_lets_the_step_finish_and_the_run_goes_on_from_it(number, tiny,
         assert wait_for(lambda: re.search(r"\b[3-9]/40", said(folder)), process)
         process.send_signal(number)
         assert process.wait(60) == 128 + number
-    stopped = re.search(rf"Stopped after step (\d+)\. {folder}/checkpoint-\1 is whole.*--resume_from_c", said(folder))
+    stopped = re.search(
+        rf"Stopped after step (\d+)\. {folder}/checkpoint-\1 is complete.*--resume_from_c", said(folder)
+    )
     assert "Traceback" not in said(folder) and steps(folder) == [int(stopped[1])]
     assert 3 <= steps(folder)[0] < STEPS
     ended = run(*options, "--output_dir", folder, "--resume_from_checkpoint", "true")
@@ -354,7 +356,7 @@ def test_a_nan_ends_the_run_with_its_rows(what, tiny, tmp_path):
     rows = json.loads(re.search(r"Look at its training rows, (\[.*?\])", message)[1])
     step = int(re.search(rf"The {what} of step (\d+) is (?:nan|inf)", message)[1])
     assert spoiled in rows and len(rows) == 4 and step > 12
-    assert steps(tmp_path)[-1] == step - 1 and f"checkpoint-{step - 1} is whole" in message
+    assert steps(tmp_path)[-1] == step - 1 and f"checkpoint-{step - 1} is complete" in message
     adapter = load_file(tmp_path / f"checkpoint-{step - 1}" / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in adapter.values())
 
@@ -423,7 +425,7 @@ def test_a_disk_that_fills_up_leaves_what_was_saved(tiny, whole, tmp_path):
         reason = said(folder).splitlines()[-1]
         assert re.match(r"Could not save checkpoint-\d+, with 0.00 GB free", reason), reason
         last = get_last_checkpoint(folder)
-        assert f"{last} is whole" in reason and "Make room" in reason and "--resume_from_checkpoint true" in reason
+        assert f"{last} is complete" in reason and "Make room" in reason and "--resume_from_checkpoint true" in reason
         for step in steps(folder):
             assert same(state(folder / f"checkpoint-{step}"), state(whole / f"checkpoint-{step}"))
         assert not (folder / ".part").exists()
