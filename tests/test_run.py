@@ -174,12 +174,13 @@ def test_micro_batches_give_the_same_losses(tmp_path):
 
 
 def test_a_run_resumes_from_its_checkpoint(tmp_path):
-    options = (*SHORT, "--output_dir", tmp_path, "--save_steps", 2, "--max_steps", 4)
-    assert run(*options).returncode == 0
-    (tmp_path / "checkpoint-4").rename(tmp_path / "whole")
-    ended = run(*options, "--resume_from_checkpoint", "true")
+    options = (*SHORT, "--save_steps", 2, "--max_steps", 4)
+    assert run(*options, "--output_dir", tmp_path / "whole").returncode == 0
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    ended = run(*options, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", checkpoint)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "checkpoint-4"))
+    file = "adapter/adapter_model.safetensors"
+    whole, resumed = (load_file(tmp_path / name / file) for name in ("whole", "resumed"))
     assert all(resumed[name].equal(tensor) for name, tensor in whole.items())
 
 
