@@ -9,7 +9,6 @@ its own. There the memory is free again, and transformers is unpatched (Unsloth 
 can't be done before anything is loaded. Wraps `load_model`: whether the disk can hold it is known when that has been.
 """
 
-import argparse
 import gc
 import json
 import logging
@@ -19,13 +18,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 
 from qwen_vl_kit import run as this_run
+from qwen_vl_kit.arguments import Parser, add_flag
 from qwen_vl_kit.finished import (
     HUB_NAME,
     NOTE,
@@ -41,7 +40,8 @@ from qwen_vl_kit.finished import (
     predictions_of,
     text_of,
 )
-from qwen_vl_kit.sentences import first_line
+from qwen_vl_kit.loading import SHARED, base_of, greedy, how_of, load_with_adapter, write_how
+from qwen_vl_kit.sentences import first_line, told
 
 # And the bytes per parameter that one takes on the disk: the last three are made of an f16 one, which lies beside them.
 # What Unsloth offers beside these is for other kinds of models, or needs an importance matrix.
@@ -49,12 +49,7 @@ GGUF_TYPES = {"f16": 2, "bf16": 2, "q8_0": 1.1, "q6_k": 2.9, "q5_k_m": 2.8, "q4_
 ROWS = 32  # held-out images that a merged model has to read as the adapter does
 # How many of them, at least. Rounding to 16 bits can tip the balance between two tokens that are nearly as likely.
 SHARE = {"float32": 1.0, "bfloat16": 0.95, "float16": 0.95}
-# All that an adapter and its processor consist of. Whatever else lies in the folder is not pushed.
-SHARED = ["README.md", "adapter_config.json", "adapter_model.safetensors", "*token*.json", "*processor_config.json"]
-SHARED += ["chat_template.j*", "vocab.json", "merges.txt"]
 VOCABULARY = ["tokenizer.json", "vocab.json"]  # whatever looks like a path in there is a token
-# How the script quantizes a base model that is not stored in 4 bits, where a run has not written it down.
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
 def prepare(options, extra):
@@ -208,15 +203,6 @@ def run(outputs, **wanted):
         sys.exit(code)
 
 
-@contextmanager
-def told(what, *errors):
-    """Ends the program with a sentence, `what` and why, for errors of these kinds. All others keep their traceback."""
-    try:
-        yield
-    except errors as error:
-        sys.exit(f"{what}: {first_line(error)}.")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # One model out of base and adapter
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,7 +222,8 @@ def merge(outputs, metrics, dtype=None):
     base, files, processor = sources(outputs)
     reader = partial(read, processor=processor, files=files, settings=metrics["settings"])
     computed, stored = precisions(metrics["settings"], dtype)
-    load = partial(load_with_adapter, base, outputs / "adapter", metrics, computed)
+    how = how_of(metrics)
+    load = partial(load_with_adapter, base, outputs / "adapter", how, computed)
     by_adapter, base_agrees = read_unmerged(load, reader)
     name = str(stored).removeprefix("torch.")
     if base_agrees >= SHARE[name] * len(files):  # the base would pass for the merged model
@@ -259,6 +246,7 @@ def merge(outputs, metrics, dtype=None):
         )
     note = made_of | {"base": last_part(base) if Path(base).exists() else base, "dtype": name}
     (outputs / "merged.part" / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    write_how(outputs / "merged.part", how)
     shutil.rmtree(outputs / "merged", ignore_errors=True)
     (outputs / "merged.part").replace(outputs / "merged")
     print(f"Merged into {outputs / 'merged'}, in {name} ({base}, {kind}): {said}.")
@@ -299,31 +287,13 @@ def sources(outputs):
     """What a merge starts from: the base model's name, the held-out images to check it by, the processor."""
     from transformers import AutoProcessor
 
-    base = base_of(outputs)
+    base = base_of(outputs / "adapter")
     files = [outputs / row["image"] for row in predictions_of(outputs)[:ROWS]]
     for file in files:
         if not file.is_file():
             not_finished(outputs, file)
     with told(f"The processor in {outputs / 'adapter'} is damaged", OSError, ValueError):
         return base, files, AutoProcessor.from_pretrained(outputs / "adapter")
-
-
-def base_of(outputs):
-    """The base model that the adapter names, a hub name or a folder. Ends the program if it is not at hand.
-
-    A relative path is looked for where the run was started from, if that is this folder or one above the run's own.
-    """
-    from transformers import AutoConfig
-
-    name = adapter_of(outputs)["base_model_name_or_path"]
-    places = [Path(), *outputs.resolve().parents]
-    base = next((str(at / name) for at in places if (at / name / "config.json").is_file()), name)
-    if Path(name).is_absolute() and not Path(name).exists():
-        sys.exit(f"The base model {name} of this adapter was not found: put it back, or edit adapter_config.json.")
-    tried = "" if Path(base).exists() else f" (no such folder in {Path.cwd()}, nor in one above {outputs})"
-    with told(f"The base model {name!r} of this adapter was not found{tried}", OSError, ValueError):
-        AutoConfig.from_pretrained(base)
-    return base
 
 
 def precisions(settings, dtype):
@@ -333,40 +303,6 @@ def precisions(settings, dtype):
     trained = torch.bfloat16 if settings["bf16"] else torch.float16 if settings["fp16"] else torch.float32
     stored = getattr(torch, dtype) if dtype else torch.float16 if trained == torch.float32 else trained
     return torch.float32 if torch.float32 in (trained, stored) else trained, stored
-
-
-def load_base(name, metrics, dtype, device):
-    """The base model as the run had it: in 4 bits if it was trained on in 4 bits."""
-    from bitsandbytes.nn import Linear4bit
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
-
-    how = {"dtype": dtype, "device_map": {"": device}}
-    if metrics["settings"]["load_in_4bit"] and not hasattr(AutoConfig.from_pretrained(name), "quantization_config"):
-        how["quantization_config"] = BitsAndBytesConfig(
-            **metrics.get("quantization") or NF4 | {"bnb_4bit_compute_dtype": dtype}
-        )
-    with told(f"The base model {name} can't be loaded", OSError, SafetensorError):
-        model = AutoModelForImageTextToText.from_pretrained(name, **how)
-    model.generation_config = greedy(model.generation_config)  # as in the run
-    for layer in model.modules():
-        if isinstance(layer, Linear4bit):  # else some CPUs compute in bfloat16, whatever `dtype` says
-            layer.support_avx512bf16_for_cpu = False
-    return model
-
-
-def load_with_adapter(base, adapter, metrics, dtype, device):
-    """The model as it was trained. Ends the program if the adapter was not made for this base."""
-    from peft import PeftModel
-
-    model = load_base(base, metrics, dtype, device)
-    try:
-        return PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
-            raise
-        reason = str(error).strip().splitlines()[-1].strip().rstrip(".")  # PyTorch's first line names the class alone
-        sys.exit(f"The adapter in {adapter} does not fit the base model {base}: {reason}.")
 
 
 def read(model, processor, files, settings):
@@ -507,15 +443,6 @@ def never_quantized(model):
     return built
 
 
-def greedy(base):
-    """How formulas are read, instead of the base's own habits (Qwen's: sampling, and a penalty on repetition)."""
-    from transformers import GenerationConfig
-
-    ends = {name: getattr(base, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    given = {name: value for name, value in ends.items() if value is not None}
-    return GenerationConfig(do_sample=False, max_new_tokens=1024, **given)
-
-
 def free_memory():
     import torch
 
@@ -646,35 +573,22 @@ def card_without(paths, outputs, file):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def true_or_false(text):
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
-    return text.lower() == "true"
-
-
 def parse(arguments, prog):
-    parser = argparse.ArgumentParser(prog=prog, usage="%(prog)s FOLDER [--OPTION VALUE ...]", allow_abbrev=False)
-    parser.description = "Merges, converts to GGUF or pushes to the hub what a run has learned."
+    what = "Merges, converts to GGUF or pushes to the hub what a run has learned."
+    parser = Parser(prog, what, usage="%(prog)s FOLDER [--OPTION VALUE ...]")
     parser.add_argument("outputs", metavar="FOLDER", type=Path, help="the --output_dir of a run")
-    flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
-    parser.add_argument("--save_merged", **flag, help="write base and adapter as one model to FOLDER/merged")
+    add_flag(parser, "--save_merged", "write base and adapter as one model to FOLDER/merged")
     dtypes = "how merged weights are stored (default: as trained; float16 if that was in 32 bits)"
     parser.add_argument("--dtype", choices=SHARE, help=dtypes)
     ggufs = f"write FOLDER/merged_gguf, for llama.cpp and Ollama: {', '.join(GGUF_TYPES)}"
     parser.add_argument("--save_gguf", metavar="TYPE", help=ggufs)
-    parser.add_argument("--push_to_hub", **flag, help="upload the adapter, its processor and its model card")
+    add_flag(parser, "--push_to_hub", "upload the adapter, its processor and its model card")
     parser.add_argument("--hub_model_id", metavar="OWNER/NAME", help="where to")
-    parser.add_argument("--hub_private_repo", **flag, help="make that repository a private one")
-    wanted = parser.parse_args([with_underscores(word) for word in arguments])
+    add_flag(parser, "--hub_private_repo", "make that repository a private one")
+    wanted = parser.parse_args(arguments)
     if not (wanted.save_merged or wanted.save_gguf or wanted.push_to_hub):
         parser.error("nothing to do: add --save_merged, --save_gguf q8_0 or --push_to_hub (see --help)")
     return wanted
-
-
-def with_underscores(word):
-    """`--save-merged=true` as `--save_merged=true`, as TRL's options are spelled."""
-    option, equals, value = word.partition("=")
-    return f"--{option[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
 def out_of_memory(error):
@@ -713,7 +627,7 @@ def merge_and_convert(outputs, metrics, wanted):
     merged = outputs / "merged"
     why = why_merge(outputs, dtype if wanted.save_merged else wanted.dtype)
     if why or wanted.save_gguf:
-        parameters = parameters_of(base_of(outputs) if why else merged)
+        parameters = parameters_of(base_of(outputs / "adapter") if why else merged)
         check_room(outputs, parameters, dtype, save_merged=bool(why), save_gguf=wanted.save_gguf)
     if why and merged.is_dir():
         print(f"{why}: merging anew.", flush=True)

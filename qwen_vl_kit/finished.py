@@ -37,10 +37,15 @@ def predictions_of(outputs):
 
 
 def adapter_of(outputs):
-    """The adapter's configuration. Ends the program if the adapter is not there, or damaged."""
+    """The configuration of a run's adapter. Ends the program if the adapter is not there, or damaged."""
+    return adapter_in(outputs / "adapter", outputs)
+
+
+def adapter_in(folder, outputs=None):
+    """The same of an adapter in any `folder`; what is missing is missed in `outputs`."""
     from safetensors import SafetensorError, safe_open
 
-    folder = outputs / "adapter"
+    outputs = outputs or folder
     config = parsed(folder / "adapter_config.json", text_of(outputs, folder / "adapter_config.json"))
     if not config.get("base_model_name_or_path"):
         sys.exit(f"{folder / 'adapter_config.json'} is damaged: it names no base model.")

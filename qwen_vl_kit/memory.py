@@ -39,6 +39,17 @@ def must_fit(task):
         )
 
 
+def if_it_fits(call, divisible):
+    """What `call()` returns; None if it takes more memory than there is, and what it does is `divisible`."""
+    try:
+        return call()
+    except RuntimeError as error:
+        if not is_shortage(error) or not divisible:
+            raise
+    if torch.cuda.is_available():  # memory is released only here, outside the except block
+        torch.cuda.empty_cache()
+
+
 def leave_gpu(model):
     """Moves a model's weights to the main memory, for another process that needs the GPU's."""
     for tensor in (*model.parameters(), *model.buffers()):

@@ -24,7 +24,7 @@ STEPS = {
     "measure": ["memory"],
     "read": ["reading", "parallel"],
     "make_trainer": ["training"],
-    "save": ["checkpoints", "results", "report", "export", "parallel", "lock"],
+    "save": ["reading", "checkpoints", "results", "report", "export", "parallel", "lock"],
 }
 
 

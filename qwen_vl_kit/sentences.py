@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from contextlib import contextmanager
 
 
 def fail(sentence, end=sys.exit):
@@ -15,3 +16,12 @@ def fail(sentence, end=sys.exit):
 def first_line(error):
     """What an error says, on one line, without the punctuation at its end."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:! ")
+
+
+@contextmanager
+def told(what, *errors):
+    """Ends the program with a sentence, `what` and why, for errors of these kinds. All others keep their traceback."""
+    try:
+        yield
+    except errors as error:
+        sys.exit(f"{what}: {first_line(error)}.")

@@ -367,7 +367,7 @@ def test_a_disk_too_small_is_said_before_anything_is_loaded(outputs, monkeypatch
     merge(outputs)
     parameters = export.parameters_of(outputs / "merged")
     assert parameters == sum(weight.numel() for weight in load_file(outputs / "merged/model.safetensors").values())
-    assert parameters == export.parameters_of(export.base_of(outputs))
+    assert parameters == export.parameters_of(export.base_of(outputs / "adapter"))
     monkeypatch.setattr(export, "merge", None)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 3.9 * parameters))

@@ -23,7 +23,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from qwen_vl_kit import export as export_room
-from qwen_vl_kit.export import add_adapters, load_base
+from qwen_vl_kit.export import add_adapters
+from qwen_vl_kit.loading import base_of, how_of, load_base
 
 # Where the code blocks are that are tried here: reading a folder, asking a server, loading by Unsloth.
 PAGES = [ROOT / "README.md", ROOT / "docs" / "use.md"]
@@ -177,7 +178,7 @@ def test_merged_weights_have_16_bits_and_no_trace_of_4(place):
 def test_small_changes_survive_the_rounding_to_16_bits(place):
     """Changes of a tenth of the distance between neighbouring bfloat16 numbers, as a short training makes them."""
     metrics = json.loads((place / "outputs/metrics.json").read_text())
-    base = load_base(place / "base", metrics, torch.bfloat16, "cpu")
+    base = load_base(place / "base", how_of(metrics), torch.bfloat16, "cpu")
     model = PeftModel.from_pretrained(base, place / "outputs/adapter")
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     before, change = {}, {}
@@ -391,7 +392,7 @@ def test_an_unexpected_error_keeps_its_traceback(place, tmp_path):
 def test_an_adapter_of_nan_is_not_merged(place):
     metrics = json.loads((place / "outputs/metrics.json").read_text())
     model = PeftModel.from_pretrained(
-        load_base(place / "base", metrics, torch.float32, "cpu"), place / "outputs/adapter"
+        load_base(place / "base", how_of(metrics), torch.float32, "cpu"), place / "outputs/adapter"
     )
     layer = next(layer for layer in model.modules() if isinstance(layer, LoraLayer))
     layer.lora_B["default"].weight.data[0, 0] = torch.nan
@@ -405,9 +406,9 @@ def test_a_base_is_found_from_where_its_run_was_started(place, tmp_path, monkeyp
     (tmp_path / "project/models/base").symlink_to(place / "base")
     changed(outputs / "adapter/adapter_config.json", base_model_name_or_path="models/base")
     monkeypatch.chdir(tmp_path)
-    assert Path(export_room.base_of(outputs)).samefile(place / "base")
+    assert Path(base_of(outputs / "adapter")).samefile(place / "base")
     monkeypatch.chdir(tmp_path / "project")
-    assert export_room.base_of(outputs) == "models/base"
+    assert base_of(outputs / "adapter") == "models/base"
 
 
 def test_the_room_runs_from_any_folder(tmp_path, monkeypatch, capfd):

@@ -1,0 +1,51 @@
+"""What the commands of `python -m qwen_vl_kit` share on their command lines.
+
+It wraps no step, and imports nothing large: a mistake, or `--help`, is answered at once.
+"""
+
+import argparse
+
+FLAG = {"nargs": "?", "const": True, "metavar": "true|false"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes `--save-merged=true` for `--save_merged true`, as TRL's options are spelled, and no abbreviations."""
+
+    def __init__(self, prog, what, **how):
+        super().__init__(prog=prog, description=what, allow_abbrev=False, **how)
+
+    def parse_args(self, arguments):
+        return super().parse_args([with_underscores(word) for word in arguments])
+
+
+def with_underscores(word):
+    option, equals, value = word.partition("=")
+    return f"--{option[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
+
+
+def true_or_false(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return text.lower() == "true"
+
+
+def positive(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def add_flag(parser, name, what, default=False):
+    parser.add_argument(name, type=true_or_false, default=default, help=what, **FLAG)
+
+
+def add_model(parser):
+    """The arguments that say which model reads, and how (see `reader.load`)."""
+    what = "the --output_dir of a run, the folder of an adapter or a model, or a name on the hub"
+    parser.add_argument("model", metavar="MODEL", help=what)
+    parser.add_argument("--instruction", help="what the model is asked (default: what it was trained with)")
+    limit = "token limit of a reading (default: %(default)s)"
+    parser.add_argument("--max_new_tokens", type=positive, default=512, metavar="N", help=limit)
+    batch = "images to read at once (default: 64 on a GPU, 16 without; halved where the memory does not hold them)"
+    parser.add_argument("--batch_size", type=positive, metavar="N", help=batch)
+    add_flag(parser, "--load_in_4bit", "weights in 4 bits (default: as in training, else as they are stored)", None)

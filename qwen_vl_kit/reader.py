@@ -1,0 +1,226 @@
+"""Reads images with a model: greedily, in batches of like sizes, or one token after another as they are written.
+
+It wraps no step: the commands `read`, `score` and `page` stand on it. Asked as in training, prepared by the processor
+that lies beside the model, so what it reads is what the run's own scores were taken of.
+"""
+
+import math
+import queue
+import sys
+import threading
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.generation import LogitsProcessor, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from qwen_vl_kit import hub, loading
+from qwen_vl_kit.memory import if_it_fits, is_shortage
+from qwen_vl_kit.sentences import told
+
+BATCH = {True: 64, False: 16}  # images at once, by whether there is a GPU; halved where the memory does not hold them
+
+
+class Reading(NamedTuple):
+    text: str
+    cut: bool  # whether the length limit ended it
+    certainty: float  # mean log-probability of its tokens, with the one that ends it: 0 is certain
+
+
+class Piece(NamedTuple):
+    """A token of a reading that is being written."""
+
+    text: str  # what it adds to the text; empty where a letter takes several tokens, and of the token that ends it
+    probability: float
+
+
+class Probabilities(LogitsProcessor):
+    """Changes nothing, and keeps log-probabilities of the likeliest tokens, those that greedy decoding takes."""
+
+    def __init__(self):
+        self.steps = []  # a tensor (rows) for each token
+
+    def __call__(self, input_ids, scores):
+        self.steps.append(scores.amax(dim=-1) - scores.logsumexp(dim=-1))
+        return scores
+
+
+class Stop(StoppingCriteria):
+    def __init__(self, stopped):
+        self.stopped = stopped
+
+    def __call__(self, input_ids, scores, **_):
+        return torch.full((len(input_ids),), bool(self.stopped()), device=input_ids.device)
+
+
+class Queue(BaseStreamer):
+    """Hands on the tokens that are generated, with their log-probabilities, and at the end None, or what went wrong."""
+
+    def __init__(self, probabilities):
+        self.items, self.probabilities, self.numbers = queue.Queue(), probabilities, count(-1)
+
+    def put(self, value):
+        number = next(self.numbers)
+        if number >= 0:  # the first are those of the prompt
+            self.items.put((value.flatten().tolist(), self.probabilities.steps[number].item()))
+
+    def end(self):
+        pass
+
+
+class Reader:
+    """A model that reads images of formulas.
+
+    `source` is what it was loaded from, `instruction` what it is asked, `limit` the tokens of a reading at most.
+    """
+
+    def __init__(self, source, model, processor, instruction, limit, batch_size=None):
+        self.source, self.model, self.processor = source, model.eval(), processor
+        self.instruction, self.limit = instruction, limit
+        self.batch_size = batch_size or BATCH[torch.cuda.is_available()]
+        chat = [{"role": "user", "content": [{"type": "text", "text": instruction}, {"type": "image"}]}]
+        self.prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        ends = model.generation_config.eos_token_id
+        self.ends = torch.tensor(ends if isinstance(ends, list) else [ends])
+
+    def inputs(self, pictures):
+        inputs = self.processor(
+            text=[self.prompt] * len(pictures),
+            images=[[picture] for picture in pictures],
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+        return inputs.to(self.model.device, self.model.dtype)
+
+    def generate(self, pictures, limit=None, **how):
+        inputs = self.inputs(pictures)
+        how |= {"max_new_tokens": limit or self.limit, "max_length": None, "do_sample": False, "num_beams": 1}
+        tokens = self.model.generate(**inputs, **how, repetition_penalty=1.0, use_cache=True)
+        return tokens[:, inputs["input_ids"].shape[1] :].cpu()
+
+    def read_batch(self, pictures, limit=None):
+        """Reads images at once. Raises what PyTorch raises if the memory does not hold them."""
+        probabilities = Probabilities()
+        tokens = self.generate(pictures, limit, logits_processor=[probabilities])
+        is_end = torch.isin(tokens, self.ends)
+        written = is_end.cumsum(dim=1) - is_end.int() == 0  # (rows, tokens): up to the first end, with it
+        steps = torch.stack(probabilities.steps[: tokens.shape[1]], dim=1).float().cpu()
+        certainties = (steps * written).sum(dim=1) / written.sum(dim=1)
+        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
+        ended = is_end.any(dim=1).tolist()
+        return [
+            Reading(text, not end, certainty)
+            for text, end, certainty in zip(texts, ended, certainties.tolist(), strict=True)
+        ]
+
+    def batches(self, pictures, limit=None):
+        """Reads images, RGB, those of like sizes at once. Yields {place: Reading} for each batch as it is read.
+
+        `batch_size` is halved where the memory does not hold it, and stays so.
+        """
+        # The longest first: if they fit, all do.
+        places = sorted(range(len(pictures)), key=lambda place: -pictures[place].width * pictures[place].height)
+        while places:
+            some = places[: self.batch_size]
+            chosen = [pictures[place] for place in some]
+            if readings := if_it_fits(lambda: self.read_batch(chosen, limit), len(some) > 1):  # noqa: B023 (called at once)
+                yield dict(zip(some, readings, strict=True))
+                places = places[len(some) :]
+            else:
+                self.batch_size = len(some) // 2
+
+    def read(self, pictures, limit=None):
+        """Reads images, RGB, as many at once as the memory holds. Returns a `Reading` for each, in their order."""
+        found = {}
+        for readings in self.batches(pictures, limit):
+            found |= readings
+        return [found[place] for place in range(len(pictures))]
+
+    def stream(self, picture, stopped=lambda: False):
+        """Yields a `Piece` for each token as it is written. Ends early as soon as `stopped()`, or when it is closed."""
+        probabilities, closed = Probabilities(), threading.Event()
+        tokens, items = [], Queue(probabilities)
+
+        def write():
+            try:
+                stop = Stop(lambda: closed.is_set() or stopped())
+                self.generate([picture], logits_processor=[probabilities], streamer=items, stopping_criteria=[stop])
+                items.items.put(None)
+            except Exception as error:  # raised where the pieces are taken
+                items.items.put(error)
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        text = ""
+        try:
+            while item := items.items.get():
+                if isinstance(item, Exception):
+                    raise item
+                tokens += item[0]
+                whole = self.processor.decode(tokens, skip_special_tokens=True)
+                if whole.endswith("\N{REPLACEMENT CHARACTER}"):  # a letter of several tokens
+                    whole = text
+                yield Piece(whole[len(text) :], math.exp(item[1]))
+                text = whole
+        finally:
+            closed.set()
+            writer.join()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load(arguments, name=None):
+    """A `Reader` of the model that `arguments.model`, or `name`, stands for (`arguments`: those of `add_model`).
+
+    Ends the program with a sentence if it can't be loaded.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every size of an image or a text
+    source = loading.find(name or arguments.model)
+    with told(f"The processor of {source.name} can't be loaded", OSError, ValueError):
+        processor = hub.patiently(source.model, lambda: AutoProcessor.from_pretrained(source.model))
+    if not processor.chat_template:
+        sys.exit(f"{source.name} has no chat template: choose an instruction-tuned model (...-Instruct).")
+    instruction = arguments.instruction or source.how.get("instruction")
+    if not instruction:
+        instruction = loading.INSTRUCTION
+        print(f"{source.name} does not say what it is asked: taking {instruction!r} (--instruction)", file=sys.stderr)
+    try:
+        load_it = load_adapter if source.is_adapter else load_whole
+        model = load_it(source, arguments.load_in_4bit)
+    except RuntimeError as error:
+        if not is_shortage(error):
+            raise
+        sys.exit(f"There is not enough GPU memory for {source.name}: close other programs on the GPU.")
+    return Reader(source, model, processor, instruction, arguments.max_new_tokens, arguments.batch_size)
+
+
+def load_adapter(source, load_in_4bit):
+    """An adapter beside its base model, loaded and computed as in training."""
+    how = {"load_in_4bit": False, "quantization": None, "bf16": True, "fp16": False} | source.how
+    how["load_in_4bit"] = how["load_in_4bit"] if load_in_4bit is None else load_in_4bit
+    folder, dtype, device = Path(source.model), torch.float32, "cpu"
+    if torch.cuda.is_available():
+        device, native = 0, torch.cuda.is_bf16_supported(including_emulation=False)
+        if how["bf16"] or how["fp16"]:
+            dtype = torch.bfloat16 if how["bf16"] and native else torch.float16
+    return loading.load_with_adapter(loading.base_of(folder), folder, how, dtype, device)
+
+
+def load_whole(source, load_in_4bit):
+    """A merged or a base model, as it is stored, or quantized to 4 bits as it is loaded."""
+    how = {"dtype": "auto", "device_map": "auto" if torch.cuda.is_available() else {"": "cpu"}}
+    if load_in_4bit and not hasattr(AutoConfig.from_pretrained(source.model), "quantization_config"):
+        how |= {"quantization_config": BitsAndBytesConfig(**loading.NF4), "dtype": torch.float32}
+        if torch.cuda.is_available():
+            how |= {"dtype": torch.bfloat16, "device_map": {"": 0}}
+    model = hub.load("model", source.model, lambda: AutoModelForImageTextToText.from_pretrained(source.model, **how))
+    model.generation_config = loading.greedy(model.generation_config)
+    return model
