@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 COMMANDS = {
+    "read": "read images of formulas, from files, folders, PDF pages or the clipboard",
     "report": "make the page, the scores and the model card of a run",
     "export": "merge the adapter into its base model, convert it to GGUF, push it to the hub",
 }
@@ -18,7 +19,7 @@ def main():
     prog = "qwen-vl-kit" if Path(sys.argv[0]).stem == "qwen-vl-kit" else f"python -m {__package__}"
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("--help", "-h"):
-        print(f"usage: {prog} COMMAND FOLDER [--OPTION VALUE ...]\n")
+        print(f"usage: {prog} COMMAND ... [--OPTION VALUE ...]\n")
         for name, what in COMMANDS.items():
             print(f"  {name:<8} {what}")
         print(f"\n{prog} COMMAND --help lists the options of one.")

@@ -1,4 +1,4 @@
-"""How far a change could lie from the one that was measured, had other rows been held out: 95% confidence intervals.
+"""How far a score, or its change, could lie from the measured one, had other rows been held out: 95% confidence.
 
 It wraps no step; `scores` asks it. How often the intervals contain the true change, `benchmarks/coverage.py` simulates.
 """
@@ -40,6 +40,27 @@ def of_share(gained, lost, rows):
     return ends
 
 
+def of_one_share(count, rows):
+    """The interval of a share of which `count` of `rows` rows are: Wilson's score interval (JASA 22, 1927, 209-212)."""
+    middle, width = count + Z**2 / 2, Z * np.sqrt(count * (rows - count) / rows + Z**2 / 4)
+    return [float((middle - width) / (rows + Z**2)), float((middle + width) / (rows + Z**2))]
+
+
+def weighted(counts, seed):
+    """Sums of these rows, (rows, columns), weighted anew at random: (DRAWS, columns); and weights of one row more."""
+    chance = np.random.default_rng(seed)
+    # A hundred at a time: all weights of many rows would take gigabytes.
+    sums = np.vstack([chance.standard_exponential((100, len(counts))) @ counts for _ in range(DRAWS // 100)])
+    return sums, chance.standard_gamma(UNSEEN, (DRAWS, 1))
+
+
+def of_one_sum(score, counts, best, worst, seed):
+    """The intervals of scores of one set of readings, as `of_sums` has those of changes."""
+    sums, weights = weighted(counts, seed)
+    ends = [np.quantile(score(sums + weights * np.array(unseen)), TAILS, axis=0) for unseen in (best, worst)]
+    return np.transpose([np.min(ends, axis=(0, 1)), np.max(ends, axis=(0, 1))]).tolist()
+
+
 def of_sums(score, before, after, best, worst, seed):
     """The intervals of the changes of scores that are computed from sums over all rows, as CER and BLEU are.
 
@@ -52,10 +73,7 @@ def of_sums(score, before, after, best, worst, seed):
     end, and the other way round for the other. With a whole row's weight that is the bound of Gaffke (2005) and of
     Learned-Miller and Thomas (arXiv 1905.06208, 2019) for a mean.
     """
-    chance, counts = np.random.default_rng(seed), np.hstack([before, after])
-    # A hundred at a time: all weights of many rows would take gigabytes.
-    sums = np.vstack([chance.standard_exponential((100, len(counts))) @ counts for _ in range(DRAWS // 100)])
-    weights = chance.standard_gamma(UNSEEN, (DRAWS, 1))
+    sums, weights = weighted(np.hstack([before, after]), seed)
     ends = []
     for unseen in ((best, worst), (worst, best)):
         old, new = map(score, np.split(sums + weights * np.hstack(unseen), 2, axis=1))

@@ -177,21 +177,17 @@ class Reader:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load(arguments, name=None):
-    """A `Reader` of the model that `arguments.model`, or `name`, stands for (`arguments`: those of `add_model`).
+def load(arguments, source=None):
+    """A `Reader` of the model that `arguments`, those of `add_model`, name, or of this `loading.Source`.
 
     Ends the program with a sentence if it can't be loaded.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every size of an image or a text
-    source = loading.find(name or arguments.model)
+    source = source or loading.find(arguments.model)
     with told(f"The processor of {source.name} can't be loaded", OSError, ValueError):
         processor = hub.patiently(source.model, lambda: AutoProcessor.from_pretrained(source.model))
     if not processor.chat_template:
         sys.exit(f"{source.name} has no chat template: choose an instruction-tuned model (...-Instruct).")
-    instruction = arguments.instruction or source.how.get("instruction")
-    if not instruction:
-        instruction = loading.INSTRUCTION
-        print(f"{source.name} does not say what it is asked: taking {instruction!r} (--instruction)", file=sys.stderr)
     try:
         load_it = load_adapter if source.is_adapter else load_whole
         model = load_it(source, arguments.load_in_4bit)
@@ -199,7 +195,17 @@ def load(arguments, name=None):
         if not is_shortage(error):
             raise
         sys.exit(f"There is not enough GPU memory for {source.name}: close other programs on the GPU.")
+    if not torch.cuda.is_available() and model.num_parameters() > 1e9:
+        print("Without a GPU, a model of this size takes minutes for an image.", file=sys.stderr)
+    instruction = instruction_for(source, arguments.instruction)
     return Reader(source, model, processor, instruction, arguments.max_new_tokens, arguments.batch_size)
+
+
+def instruction_for(source, given):
+    """What a model is asked: what is `given`, or else what it was trained with, or else what the script would ask."""
+    if not given and not source.how:
+        print(f"{source.name} does not say what it is asked: {loading.INSTRUCTION!r} (--instruction)", file=sys.stderr)
+    return given or source.how.get("instruction", loading.INSTRUCTION)
 
 
 def load_adapter(source, load_in_4bit):

@@ -58,15 +58,24 @@ def image_bytes(image, folder):
 
 
 def open_image(content):
-    """Decodes the bytes of an image file to RGB as a person would see it; raises what Pillow raises if it can't.
+    """Decodes the bytes of an image file to RGB as a person would see it; raises what Pillow raises if it can't."""
+    return as_seen(opened(content))
+
+
+def opened(content):
+    """The image in the bytes of a file, not decoded yet. Raises Unusable if it has too many pixels."""
+    try:
+        return Pillow.open(io.BytesIO(content), formats=IMAGE_TYPES)
+    except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning):
+        raise Unusable("image of too many pixels") from None
+
+
+def as_seen(picture):
+    """An image as RGB, as a person would see it. Raises Unusable if it is too narrow for the model.
 
     Transparency becomes white paper (else black text on it is black on black), 16 bits a pixel become 8 (else they are
     clipped to white), and a photo is turned as its EXIF data says.
     """
-    try:
-        picture = Pillow.open(io.BytesIO(content), formats=IMAGE_TYPES)
-    except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning):
-        raise Unusable("image of too many pixels") from None
     if max(picture.size) > 200 * min(picture.size):  # Qwen2-VL takes no others
         raise Unusable("image over 200 times as long as wide")
     picture = ImageOps.exif_transpose(picture)
@@ -92,27 +101,41 @@ class Picture(Image):
 
 
 def load_splits(step, options):
+    splits = as_found(options)
+    check_columns(splits, options.dataset_train_split, "--dataset_train_split", options)
+    return with_pictures(splits, options)
+
+
+def as_found(options):
+    """The splits of `options.dataset_name` as they are there: a hub name, a file, or a folder."""
     source = Path(options.dataset_name)
     if source.is_file() and source.suffix not in FILE_TYPES:
         fail(f"{source} is not a supported file ({', '.join(FILE_TYPES)}). Name one, a folder, or a hub data set.")
     run.data_folder = source if source.is_dir() else source.parent if source.is_file() else Path(HF_HUB_CACHE)
     if source.is_file():
-        splits = load_dataset(FILE_TYPES[source.suffix], data_files=str(source))
-    else:
-        splits = load_dataset(options.dataset_name, options.dataset_config)
-    if options.dataset_train_split not in splits:
-        names = [*splits]
-        fail(f"{source} has no split {options.dataset_train_split!r}; set --dataset_train_split to one of {names}.")
-    columns = splits[options.dataset_train_split].column_names
-    for option in ("image_column", "text_column"):
-        if getattr(options, option) not in columns:
-            fail(f"{source} has no column {getattr(options, option)!r}; set --{option} to one of {columns}.")
+        return load_dataset(FILE_TYPES[source.suffix], data_files=str(source))
+    return load_dataset(options.dataset_name, options.dataset_config)
+
+
+def check_columns(splits, split, option, options):
+    """Ends the run if there is no such split, which `option` names, or if it lacks a column."""
+    if split not in splits:
+        fail(f"{options.dataset_name} has no split {split!r}; set {option} to one of {[*splits]}.")
+    columns = splits[split].column_names
+    for column in ("image_column", "text_column"):
+        if getattr(options, column) not in columns:
+            fail(
+                f"{options.dataset_name} has no column {getattr(options, column)!r}; set --{column} to one of {columns}."
+            )
+
+
+def with_pictures(splits, options):
+    """The same splits, their images decoded by `open_image` when they are asked for."""
+    column = options.image_column
     try:
-        return splits.cast_column(options.image_column, Image(decode=False)).cast_column(
-            options.image_column, Picture()
-        )
+        return splits.cast_column(column, Image(decode=False)).cast_column(column, Picture())
     except (TypeError, ValueError, NotImplementedError):
-        fail(f"Column {options.image_column!r} of {source} holds no images; choose another with --image_column.")
+        fail(f"Column {column!r} of {options.dataset_name} holds no images; choose another with --image_column.")
 
 
 def tokens_of(picture, text):

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 from latex2mathml.converter import convert_to_element
+from rapidfuzz.distance import Levenshtein
 from sacrebleu.metrics import BLEU
 
 from qwen_vl_kit import intervals
@@ -127,6 +128,26 @@ def score(predictions, seed, max_new_tokens=128):
         value = after[name] - before[name]
         difference[name] = {"value": value, "interval": [min(low, value), max(high, value)]}
     return before, after, difference
+
+
+def score_one(predictions, seed, max_new_tokens=128):
+    """The same of one set of readings, those "after": the scores of all rows, and {name: [low, high]} of each."""
+    rows = len(predictions)
+    counts = np.array([judge(row["truth"], row["after"]) for row in predictions], float)
+    scores = rates(counts.sum(axis=0).tolist(), rows)
+    best, worst = extremes(counts, max_new_tokens)
+    ends = intervals.of_one_sum(lambda drawn: [*map(ratios, drawn.tolist())], counts, best, worst, seed)
+    ends += [intervals.of_one_share(int(sum(share)), rows) for share in counts[:, -len(SHARES) :].T]
+    found = {}
+    for (name, value), (low, high) in zip(scores.items(), ends, strict=True):
+        found[name] = [min(low, value), max(high, value)]
+    return scores, found
+
+
+def compare(truth, reading):
+    """Adds to a reading, {"text"}, what the script counts: edit distance and length of the truth, without spaces."""
+    truth, text = "".join(truth.split()), "".join(reading["text"].split())
+    reading |= {"errors": Levenshtein.distance(text, truth), "length": len(truth)}
 
 
 def verdict(name, difference):

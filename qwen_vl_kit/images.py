@@ -1,0 +1,133 @@
+"""The images that people name on a command line: files, folders, the pages of TIFF and PDF files, standard input.
+
+It wraps no step. Each is opened as the rows of training are (`rows.open_image`), and what can't be opened has a reason.
+"""
+
+import io
+import os
+import re
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from qwen_vl_kit.rows import IMAGE_TYPES, Unusable, as_seen, opened
+from qwen_vl_kit.sentences import first_line
+
+TYPES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_TYPES} | {".pdf"}
+DPI = 200  # at which PDF pages are drawn: 10-point letters are 28 pixels high, as the models like them
+PAGE = "#page="  # as in links to a page of a PDF file
+LONGEST = 4000  # pixels of a page's longer side at most
+
+
+def listed(names):
+    """The files that `names` stand for, each once: [(label, Path or None for standard input), ...].
+
+    A folder stands for the images in it and in its folders, in the order of their names, 2 before 10.
+    """
+    found = {}
+    for name in names:
+        if name == "-":
+            found["-"] = None
+        elif os.path.isdir(name):
+            for file in sorted(in_folder(Path(name)), key=natural):
+                found[str(file)] = file
+        else:
+            found[name] = Path(name)
+    return [*found.items()]
+
+
+def in_folder(folder):
+    """The images in a folder, at any depth, without what is hidden; the folder itself if there are none."""
+    files = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk goes into those that are left
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    return [file for file in files if file.suffix.lower() in TYPES] or [folder]
+
+
+def natural(file):
+    parts = (re.split(r"(\d+)", name) for name in file.parts)
+    return [[(int(part) if part.isdecimal() else -1, part) for part in name] for name in parts]
+
+
+def pages(label, file):
+    """Yields (label, picture as RGB) of a file, one for each page of a TIFF or PDF file, labelled FILE#page=1, ...
+
+    Raises Unusable, with the reason in words, if the file, or what is left of it, can't be read.
+    """
+    content = content_of(file)
+    try:
+        if content.startswith(b"%PDF-"):
+            drawn = of_pdf(content)
+        else:
+            picture = opened(content)
+            drawn = of_tiff(picture) if picture.format == "TIFF" and picture.n_frames > 1 else [as_seen(picture)]
+        for number, picture in enumerate(drawn, start=1):
+            yield (label if isinstance(drawn, list) else f"{label}{PAGE}{number}"), picture
+    except (Unusable, MemoryError):
+        raise
+    except Exception as error:  # on a broken file Pillow's decoders raise anything
+        raise Unusable(why(error, content)) from error
+
+
+def content_of(file):
+    if file is None:
+        return sys.stdin.buffer.read()
+    if file.is_dir():
+        raise Unusable("a folder without images")
+    if not file.exists():
+        raise Unusable("there is no such file")
+    if not file.is_file():  # a pipe would be waited for
+        raise Unusable("not a file")
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise Unusable(error.strerror) from error
+
+
+def why(error, content):
+    """Why a file could not be opened, in words."""
+    if not content:
+        return "the file is empty"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image"
+    return f"damaged, or cut off after {len(content):,} bytes ({first_line(error)})"
+
+
+def of_tiff(picture):
+    for number in range(picture.n_frames):
+        picture.seek(number)
+        yield as_seen(picture.copy())
+
+
+def of_pdf(content):
+    try:
+        import pypdfium2
+    except ImportError:
+        raise Unusable("a PDF file, which needs a library: pip install pypdfium2") from None
+    try:
+        document = pypdfium2.PdfDocument(content)
+    except pypdfium2.PdfiumError as error:
+        raise Unusable(f"a PDF file that is damaged or needs a password ({first_line(error)})") from error
+    with document:
+        for page in document:
+            scale = min(DPI / 72, LONGEST / max(page.get_size()))
+            yield as_seen(page.render(scale=scale).to_pil())
+
+
+def from_clipboard():
+    """The image in the clipboard. Raises Unusable if there is none, or the desktop has no way to ask."""
+    from PIL import ImageGrab
+
+    try:
+        found = ImageGrab.grabclipboard()
+    except (NotImplementedError, OSError) as error:  # ChildProcessError among them
+        raise Unusable(f"the clipboard can't be read ({first_line(error)})") from error
+    if isinstance(found, list) and len(found) == 1:  # a file that was copied in a file manager
+        return next(picture for _, picture in pages("clipboard", Path(found[0])))
+    if not isinstance(found, Image.Image):
+        raise Unusable("there is no image in the clipboard")
+    content = io.BytesIO()
+    found.save(content, "PNG")
+    return as_seen(opened(content.getvalue()))
