@@ -9,7 +9,6 @@ its own. There the memory is free again, and transformers is unpatched (Unsloth 
 can't be done before anything is loaded. Wraps `load_model`: whether the disk can hold it is known when that has been.
 """
 
-import gc
 import json
 import logging
 import os
@@ -347,6 +346,8 @@ def read_unmerged(load, reader):
 def read_merged(folder, reader):
     from transformers import AutoModelForImageTextToText
 
+    from qwen_vl_kit.memory import free_memory
+
     free_memory()
     return reader(AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", device_map="auto"))
 
@@ -374,6 +375,8 @@ def merged_model(load, dtype):
     In 16 bits a model can be too large for the GPU that it was trained on.
     """
     import torch
+
+    from qwen_vl_kit.memory import free_memory
 
     for device in (0, "cpu") if torch.cuda.is_available() else ("cpu",):
         free_memory()  # of what was loaded before, and of what failed
@@ -441,13 +444,6 @@ def never_quantized(model):
     built.load_state_dict(model.state_dict(), assign=True)
     built.generation_config = model.generation_config
     return built
-
-
-def free_memory():
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Wraps `load_model` and `measure`: where the memory does not hold what they need, the run ends with what can be done.
 """
 
+import gc
 from contextlib import contextmanager
 
 import torch
@@ -47,6 +48,13 @@ def if_it_fits(call, divisible):
         if not is_shortage(error) or not divisible:
             raise
     if torch.cuda.is_available():  # memory is released only here, outside the except block
+        torch.cuda.empty_cache()
+
+
+def free_memory():
+    """Releases what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 

@@ -122,11 +122,9 @@ def check_columns(splits, split, option, options):
     if split not in splits:
         fail(f"{options.dataset_name} has no split {split!r}; set {option} to one of {[*splits]}.")
     columns = splits[split].column_names
-    for column in ("image_column", "text_column"):
-        if getattr(options, column) not in columns:
-            fail(
-                f"{options.dataset_name} has no column {getattr(options, column)!r}; set --{column} to one of {columns}."
-            )
+    for option in ("image_column", "text_column"):
+        if (name := getattr(options, option)) not in columns:
+            fail(f"{options.dataset_name} has no column {name!r}; set --{option} to one of {columns}.")
 
 
 def with_pictures(splits, options):

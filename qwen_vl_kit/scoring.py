@@ -1,0 +1,127 @@
+"""Chooses rows and has models read them, for the command `score`.
+
+It wraps no step. Rows are chosen as a run chooses its held-out ones, by the same function and seed.
+"""
+
+import json
+import shutil
+import sys
+import time
+from argparse import Namespace
+from datetime import datetime
+from math import inf
+from pathlib import Path
+
+from datasets import Image
+from tqdm.auto import tqdm
+
+from qwen_vl_kit import hub, loading, reader, rows, run, scores
+from qwen_vl_kit.checkpoints import RECORD
+from qwen_vl_kit.finished import local_names, metrics_of, parsed, text_of
+from qwen_vl_kit.memory import free_memory
+from qwen_vl_kit.record import fingerprint_of_texts
+from qwen_vl_kit.results import machine
+from qwen_vl_kit.score import SPLITS
+
+# What is asked of a data set, where neither the command line nor the model's run says it.
+USUAL = {"image_column": "image", "text_column": "text", "num_test_rows": 64, "seed": 3407, "dataset_config": None}
+
+
+def score(wanted):
+    """Does what the command is asked for; `wanted` are its arguments."""
+    sources = [loading.find(name) for name in (wanted.model, wanted.against) if name]
+    if len({source.model for source in sources}) < len(sources):
+        sys.exit(f"--against {wanted.against} is the same model: name another.")
+    options, readings, facts = fill_in(wanted, sources[0]), {}, {}
+    for source in sources:
+        reads = reader.load(wanted, source)
+        if not readings:
+            found, chosen = choose(options, reads)
+        if warning := remembered(source, options, found, chosen):
+            print(warning)
+            facts[f"note on {source.name}"] = warning
+        began = time.perf_counter()
+        truths, readings[source.name] = read_all(reads, found, chosen, options)
+        facts[source.name] = f"{len(chosen) / (time.perf_counter() - began):.1f} images/s, asked: {reads.instruction}"
+        del reads
+        free_memory()
+    predictions = [
+        {"row": row, "image": f"held_out/{row}.png", "truth": truth}
+        for row, truth in zip(chosen, truths, strict=True)
+    ]
+    for when, read in zip(("after", "before"), readings.values(), strict=False):
+        for prediction, reading in zip(predictions, read, strict=True):
+            prediction[when] = reading
+    about = {"data": f"{options.dataset_name}, {len(chosen):,} rows of {found.split}", "seed": options.seed} | facts
+    about |= {"date": f"{datetime.now():%Y-%m-%d %H:%M}", "hardware": machine()["hardware"]}
+    about["versions"] = ", ".join(f"{name} {version}" for name, version in machine()["versions"].items())
+    save(wanted, options, found, predictions, [*readings][::-1], about)
+
+
+def fill_in(wanted, source):
+    """The options of the data: those of the command line, else those of the model's run, else what is usual.
+
+    Data of one's own has splits, columns and numbers of its own: the run's are not taken for them.
+    """
+    metrics = metrics_of(source.run) if source.run else {}
+    given = {name: getattr(wanted, name) for name in ("dataset_name", "dataset_test_split", *USUAL)}
+    usual = USUAL | {"dataset_test_split": None}
+    if metrics and wanted.dataset_name in (None, metrics["settings"]["dataset_name"]):
+        usual = metrics["settings"] | {"dataset_test_split": metrics["test_split"]}
+        if not Path(usual["dataset_name"]).exists():  # it may have been relative to another folder
+            usual["dataset_name"] = local_names(source.run, metrics).get("dataset_name", usual["dataset_name"])
+    elif not wanted.dataset_name:
+        sys.exit(f"{source.name} says nothing of held-out rows: name a data set with --dataset_name.")
+    filled = {name: usual[name] if value is None else value for name, value in given.items()}
+    return Namespace(**filled, max_length=None)
+
+
+def choose(options, reads):
+    """The rows of the split, images decoded as they are asked for, and the numbers of those to score on."""
+    run.processor, run.extra = reads.processor, Namespace(max_characters=4000)
+    splits = hub.load("data set", options.dataset_name, lambda: rows.as_found(options))
+    split = options.dataset_test_split or next((name for name in SPLITS if name in splits), "test")
+    rows.check_columns(splits, split, "--dataset_test_split", options)
+    found = rows.with_pictures(splits, options)[split]
+    run.test_rows = found.cast_column(options.image_column, Image(decode=False))
+    lengths, _, _ = rows.pick(run.test_rows, options.num_test_rows, set(), options, "held-out")
+    if not lengths:
+        sys.exit(f"{options.dataset_name} has no row in {split} that can be used.")
+    if len(lengths) < options.num_test_rows < inf:
+        print(f"{split} of {options.dataset_name} has {len(lengths):,} usable rows.")
+    return found, [*lengths]
+
+
+def remembered(source, options, found, chosen):
+    """A sentence if this model may have been trained on some of the chosen rows, or None.
+
+    A run's record has the digest of all texts that it could train on, and the rows that it held out of them.
+    """
+    file = source.run and source.run / RECORD
+    if not (file and file.is_file()):
+        return None
+    record = parsed(file, text_of(source.run, file))
+    if fingerprint_of_texts(found, options.text_column) not in record.get("train", ""):
+        return None
+    held_out = {tuple(pair) for pair in record["held_out"] + record["validation"]}
+    trained = sum((number, run.digests["held-out", number].hex()[:12]) not in held_out for number in chosen)
+    return f"{source.name} may have been trained on {trained} of these rows." if trained else None
+
+
+def read_all(reads, found, chosen, options):
+    """The readings of the chosen rows as dicts, as the script has them."""
+    truths = [text.strip() for text in found.select(chosen)[options.text_column]]
+    tokens = reads.processor.tokenizer(truths, add_special_tokens=False).input_ids
+    limit = max(reads.limit, 1 + max(map(len, tokens)))  # no right answer is cut
+    readings, some = [], 4 * reads.batch_size
+    with tqdm(total=len(chosen), desc=f"Reading with {reads.source.name}", disable=None) as bar:
+        for start in range(0, len(chosen), some):
+            pictures = found.select(chosen[start : start + some])[options.image_column]
+            read = {}
+            for batch in reads.batches(pictures, limit):
+                read |= batch
+                bar.update(len(batch))
+            readings += [read[place]._asdict() for place in range(len(pictures))]
+    for truth, reading in zip(truths, readings, strict=True):
+        scores.compare(truth, reading)
+    return truths, readings
