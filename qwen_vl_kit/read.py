@@ -82,7 +82,7 @@ def read_clipboard(wanted):
     except images.Unusable as reason:
         sys.exit(f"Nothing was read: {reason}.")
     (reading,) = reader.load(wanted).read([picture])
-    print(reading.text)
+    print(reading.text, flush=True)
     with told("Its LaTeX could not be put into the clipboard", pyperclip.PyperclipException):
         pyperclip.copy(reading.text)
     print("cut off at the length limit" if reading.cut else "copied", file=sys.stderr)

@@ -46,8 +46,7 @@ def score(wanted):
         del reads
         free_memory()
     predictions = [
-        {"row": row, "image": f"held_out/{row}.png", "truth": truth}
-        for row, truth in zip(chosen, truths, strict=True)
+        {"row": row, "image": f"held_out/{row}.png", "truth": truth} for row, truth in zip(chosen, truths, strict=True)
     ]
     for when, read in zip(("after", "before"), readings.values(), strict=False):
         for prediction, reading in zip(predictions, read, strict=True):
