@@ -41,10 +41,11 @@ def write_how(folder, how):
     (folder / HOW).write_text(json.dumps(how, indent=2) + "\n", encoding="utf-8")
 
 
-def find(name):
+def find(name, adapter=False):
     """The `Source` that `name` stands for: a run's folder, an adapter's, a model's, or a name on the hub.
 
-    Of a run the merged model is taken if it was made of this adapter and fits, else the adapter; which, it prints.
+    Of a run the merged model is taken if it was made of this adapter and fits, else, or if asked for, the `adapter`;
+    which, it prints.
     Ends the program with a sentence if there is no such model.
     """
     folder = Path(name)
@@ -52,9 +53,10 @@ def find(name):
         if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
             return in_folder(name, folder)
         adapter_in(folder / "adapter", folder)
-        why = not_made_of(folder) or too_large(folder / "merged")
-        taken = folder / ("adapter" if why else "merged")
-        print(f"Reading with {taken}" + f": {why}" * ((folder / "merged").exists() and bool(why)), file=sys.stderr)
+        why = not adapter and (not_made_of(folder) or too_large(folder / "merged"))
+        taken = folder / ("adapter" if adapter or why else "merged")
+        reason = f": {why}" if why and (folder / "merged").exists() else ""
+        print(f"Reading with {taken}{reason}", file=sys.stderr)
         return in_folder(str(taken), taken)
     if not HUB_NAME.fullmatch(name):
         sys.exit(f"There is no folder {name}: name the --output_dir of a run, a model's folder, or a name on the hub.")

@@ -2,7 +2,7 @@
 
     python -m qwen_vl_kit score outputs
     python -m qwen_vl_kit score outputs --dataset_name scans.csv
-    python -m qwen_vl_kit score outputs --against Qwen/Qwen2-VL-7B-Instruct
+    python -m qwen_vl_kit score outputs --against base
 
 The rows, the scores, their intervals and the page are made as in a run. Of a run's model, the rows are the ones that
 the run held out, unless others are named.
@@ -21,7 +21,9 @@ SPLITS = ("test", "validation", "train")  # the first of these that there is
 def parse(arguments, prog):
     parser = Parser(prog, "Scores a model on held-out rows.", usage="%(prog)s MODEL [--OPTION VALUE ...]")
     add_model(parser)
-    parser.add_argument("--against", metavar="OTHER", help="another model, to read the same rows")
+    parser.add_argument(
+        "--against", metavar="OTHER", help="another model, or base: the adapter's own; it reads the same rows"
+    )
     parser.add_argument("--dataset_name", help="a hub name, a folder, or a file (default: that of the model's run)")
     parser.add_argument("--dataset_config", help="which configuration of the data set, if it has several")
     parser.add_argument("--dataset_test_split", help=f"the split (default: that of the run, or one of {SPLITS})")

@@ -15,46 +15,73 @@ from pathlib import Path
 from datasets import Image
 from tqdm.auto import tqdm
 
-from qwen_vl_kit import hub, loading, reader, rows, run, scores
+from qwen_vl_kit import hub, loading, reader, report, report_page, rows, run, scores
 from qwen_vl_kit.checkpoints import RECORD
 from qwen_vl_kit.finished import local_names, metrics_of, parsed, text_of
 from qwen_vl_kit.memory import free_memory
 from qwen_vl_kit.record import fingerprint_of_texts
 from qwen_vl_kit.results import machine
 from qwen_vl_kit.score import SPLITS
+from qwen_vl_kit.sentences import told
 
 # What is asked of a data set, where neither the command line nor the model's run says it.
 USUAL = {"image_column": "image", "text_column": "text", "num_test_rows": 64, "seed": 3407, "dataset_config": None}
+INTERVALS = {1: "interval", 2: "difference"}  # what scores.json calls what comes beside so many sets of scores
 
 
 def score(wanted):
     """Does what the command is asked for; `wanted` are its arguments."""
-    sources = [loading.find(name) for name in (wanted.model, wanted.against) if name]
-    if len({source.model for source in sources}) < len(sources):
+    source, other = loading.find(wanted.model, wanted.against == "base"), None
+    if wanted.against:
+        other = base_beside(source, wanted.against) or loading.find(wanted.against)
+    if other and other.model == source.model and other.name == source.name:
         sys.exit(f"--against {wanted.against} is the same model: name another.")
-    options, readings, facts = fill_in(wanted, sources[0]), {}, {}
-    for source in sources:
-        reads = reader.load(wanted, source)
-        if not readings:
-            found, chosen = choose(options, reads)
-        if warning := remembered(source, options, found, chosen):
-            print(warning)
-            facts[f"note on {source.name}"] = warning
-        began = time.perf_counter()
-        truths, readings[source.name] = read_all(reads, found, chosen, options)
-        facts[source.name] = f"{len(chosen) / (time.perf_counter() - began):.1f} images/s, asked: {reads.instruction}"
-        del reads
-        free_memory()
+    options = fill_in(wanted, source)
+    reads = reader.load(wanted, source)
+    found, chosen = choose(options, reads)
+    about = {"data": f"{options.dataset_name}, {len(chosen):,} rows of {found.split}", "seed": options.seed}
+    truths = [text.strip() for text in found.select(chosen)[options.text_column]]
     predictions = [
         {"row": row, "image": f"held_out/{row}.png", "truth": truth} for row, truth in zip(chosen, truths, strict=True)
     ]
-    for when, read in zip(("after", "before"), readings.values(), strict=False):
-        for prediction, reading in zip(predictions, read, strict=True):
+    wanted.instruction, names = reads.instruction, {"after": source.name}  # another model is asked the same
+
+    def read(when, reads):
+        began = time.perf_counter()
+        for prediction, reading in zip(predictions, read_all(reads, found, truths, chosen, options), strict=True):
             prediction[when] = reading
-    about = {"data": f"{options.dataset_name}, {len(chosen):,} rows of {found.split}", "seed": options.seed} | facts
+        about[names[when]] = f"{len(chosen) / (time.perf_counter() - began):.1f} images/s, asked: {reads.instruction}"
+        if warning := remembered(reads.source, options, found, chosen):
+            print(warning)
+            about[f"{names[when]}, note"] = warning
+
+    read("after", reads)
+    if other:
+        names = {"before": other.name} | names
+        if other.model == source.model:  # the base is there already
+            with reads.model.disable_adapter():
+                reads.source = other
+                read("before", reads)
+        else:
+            del reads
+            free_memory()
+            read("before", reader.load(wanted, other))
     about |= {"date": f"{datetime.now():%Y-%m-%d %H:%M}", "hardware": machine()["hardware"]}
     about["versions"] = ", ".join(f"{name} {version}" for name, version in machine()["versions"].items())
-    save(wanted, options, found, predictions, [*readings][::-1], about)
+    save(wanted, options, found, predictions, names, about)
+
+
+def base_beside(source, against):
+    """The base of an adapter as a `Source`, if `against` means that; else None.
+
+    It is read without the adapter: in 4 bits, asked and prepared as in training, as a run's scores "before" are.
+    """
+    base = loading.base_of(Path(source.model)) if source.is_adapter else None
+    if against == "base" and not base:
+        sys.exit(f"--against base needs an adapter, which {source.name} is not: name the other model.")
+    if base and (against == "base" or Path(base).resolve() == Path(against).resolve()):  # of hub names, too
+        return source._replace(name=base, run=None)
+    return None
 
 
 def fill_in(wanted, source):
@@ -107,20 +134,44 @@ def remembered(source, options, found, chosen):
     return f"{source.name} may have been trained on {trained} of these rows." if trained else None
 
 
-def read_all(reads, found, chosen, options):
-    """The readings of the chosen rows as dicts, as the script has them."""
-    truths = [text.strip() for text in found.select(chosen)[options.text_column]]
+def read_all(reads, found, truths, chosen, options):
+    """The readings of the chosen rows as dicts, as the script has them, and how certain the model was."""
     tokens = reads.processor.tokenizer(truths, add_special_tokens=False).input_ids
     limit = max(reads.limit, 1 + max(map(len, tokens)))  # no right answer is cut
     readings, some = [], 4 * reads.batch_size
     with tqdm(total=len(chosen), desc=f"Reading with {reads.source.name}", disable=None) as bar:
         for start in range(0, len(chosen), some):
-            pictures = found.select(chosen[start : start + some])[options.image_column]
-            read = {}
+            pictures, batches = found.select(chosen[start : start + some])[options.image_column], {}
             for batch in reads.batches(pictures, limit):
-                read |= batch
+                batches |= batch
                 bar.update(len(batch))
-            readings += [read[place]._asdict() for place in range(len(pictures))]
+            readings += [batches[place]._asdict() for place in range(len(pictures))]
     for truth, reading in zip(truths, readings, strict=True):
         scores.compare(truth, reading)
-    return truths, readings
+    return readings
+
+
+def save(wanted, options, found, predictions, names, about):
+    """Writes the page, the readings, the numbers and the images, whole or not at all; prints the scores.
+
+    `names` are those of the models, {"after": str} or {"before": str, "after": str}.
+    """
+    judge = scores.score if "before" in names else scores.score_one
+    judged = judge(predictions, options.seed, wanted.max_new_tokens)
+    folder, part = wanted.output_dir, wanted.output_dir.with_name(f"{wanted.output_dir.name}.part")
+    with told(f"Could not write to {folder}", OSError):
+        shutil.rmtree(part, ignore_errors=True)
+        (part / "held_out").mkdir(parents=True)
+        for prediction in predictions:
+            found[prediction["row"]][options.image_column].save(part / prediction["image"])
+        lines = "".join(json.dumps(prediction) + "\n" for prediction in predictions)
+        (part / "predictions.jsonl").write_text(lines, encoding="utf-8")
+        *sets, spread = judged
+        numbers = {"models": names, **dict(zip(names, sets, strict=True)), INTERVALS[len(sets)]: spread, "about": about}
+        (part / "scores.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        page = report_page.make_page(part, predictions, names, judged, about)
+        (part / "report.html").write_text(page, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    report.print_summary(names, judged, len(predictions))
+    print(f"Report: {folder / 'report.html'}")

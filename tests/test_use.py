@@ -113,6 +113,25 @@ def test_the_readme_s_ten_lines_read_a_folder(place, readings):
     assert sum(read[name] == text for name, text in readings.items()) >= 0.95 * len(readings)
 
 
+def read_by_command(place, model):
+    """What `read` reads in `images` with `outputs/<model>`, and what it says."""
+    command = [sys.executable, "-m", "qwen_vl_kit", "read", f"outputs/{model}", "images"]
+    there = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=place, env=there, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    read = dict(line.split("\t") for line in ended.stdout.splitlines())
+    return {Path(file).name: text for file, text in read.items()}, ended.stderr
+
+
+def test_the_command_reads_as_the_run_did(place, readings):
+    """All of them to the letter: with the adapter beside the base in 4 bits, asked and prepared as in the run."""
+    read, said = read_by_command(place, "adapter")
+    assert read == readings and "does not say" not in said
+    read, said = read_by_command(place, "")  # takes the merge
+    assert sum(read[name] == text for name, text in readings.items()) >= 0.95 * len(readings)
+    assert "Reading with outputs/merged" in said and "does not say" not in said
+
+
 def test_the_readme_s_lines_for_unsloth_go_into_these_ten(place, readings, tmp_path):
     """On a CPU there is no Unsloth: what stands in for it loads the model by transformers, as Unsloth gives it back."""
     (tmp_path / "unsloth.py").write_text(
