@@ -560,8 +560,9 @@ def card_without(paths, outputs, file):
 
     print("The model card named folders of this machine: a new one is pushed.")
     with told("Could not make the model card", OSError):
-        metrics, _, shown = report.of_run(outputs)
-    return report.make_card(metrics, shown).encode()
+        metrics, predictions, run = report.of_run(outputs)
+        card = report.make_card(outputs, metrics, len(predictions), run)
+    return card.encode()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

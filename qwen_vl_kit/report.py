@@ -10,36 +10,19 @@ Wraps `save`: when that has written `metrics.json`, `predictions.jsonl` and `hel
 """
 
 import argparse
-import base64
 import html
-import io
 import json
-import re
 import sys
 from datetime import datetime
-from importlib import resources
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment
-from latex2mathml.converter import convert_to_element
-from PIL import Image
-from rapidfuzz.distance import Levenshtein
 
-from qwen_vl_kit.finished import local_names, metrics_of, predictions_of, shown_name
-from qwen_vl_kit.scores import SCORES, as_text, change_as_text, held_out, mathml, score, verdict, warning
+from qwen_vl_kit.card import make_card
+from qwen_vl_kit.finished import metrics_of, predictions_of, shown_name
+from qwen_vl_kit.report_page import TRAINED, between, make_page
+from qwen_vl_kit.scores import SCORES, as_text, change_as_text, held_out, score, warning
 from qwen_vl_kit.sentences import first_line
-
-# What became of a row, by whether the formula was right before and whether it is after.
-KINDS = {
-    (False, True): "fixed",
-    (False, False): "still wrong",
-    (True, False): "broken by training",
-    (True, True): "kept right",
-}
-SHOWN = 240  # rows on the page: with more, it takes a browser seconds to open
 
 
 def save(step, outputs, predictions, metrics):
@@ -53,30 +36,28 @@ def make(outputs):
     In a notebook the page is shown as well.
     """
     outputs = Path(outputs)
-    metrics, predictions, shown = of_run(outputs)
-    page = make_page(outputs, metrics, predictions, shown)
+    metrics, predictions, run = of_run(outputs)
+    page = page_of_run(outputs, metrics, predictions, run)
     files = {
         "predictions.jsonl": "".join(json.dumps(prediction) + "\n" for prediction in predictions),
         "metrics.json": json.dumps(metrics, indent=2) + "\n",
         "report.html": page,
-        "adapter/README.md": make_card(metrics, shown),
+        "adapter/README.md": make_card(outputs, metrics, len(predictions), run),
     }
     for name, text in files.items():
         write(outputs / name, text)
-    print_summary(metrics, len(predictions))
+    print_summary(TRAINED, [metrics[name] for name in (*TRAINED, "difference")], len(predictions))
     print(f"Report: {outputs / 'report.html'}")
     show_in_notebook(page, outputs / "report.html")
 
 
 def of_run(outputs):
-    """The content of metrics.json with all scores, of predictions.jsonl, and what page and card show of them."""
+    """The content of metrics.json with all scores, of predictions.jsonl, and what was run, as a table."""
     metrics, predictions = metrics_of(outputs), predictions_of(outputs)
     settings = metrics["settings"]
     before, after, difference = score(predictions, settings["seed"], settings.get("max_new_tokens", 128))
     metrics |= {"before": before, "after": after, "difference": difference}
-    run = facts(outputs, metrics, predictions)
-    local = local_names(outputs, metrics)
-    return metrics, predictions, what_both_show(metrics, run, len(predictions)) | {"local": local}
+    return metrics, predictions, facts(outputs, metrics, predictions)
 
 
 def write(file, text):
@@ -89,11 +70,6 @@ def write(file, text):
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def template(name):
-    """The text of a file in `templates/`, also where the package is in an archive."""
-    return (resources.files(__package__) / "templates" / name).read_text(encoding="utf-8")
 
 
 def facts(outputs, metrics, predictions):
@@ -132,121 +108,30 @@ def changes(changed):
     return f" ({', '.join(words)})" if words else ""
 
 
-def what_both_show(metrics, run, rows):
-    """What the page's template and the card's are filled with."""
-    scores = {name: metrics[name] for name in ("before", "after", "difference")}
-    helpers = {"as_text": as_text, "change_as_text": change_as_text, "verdict": verdict}
-    of_rows = {"rows": rows, "held_out": held_out(rows), "warning": warning(rows)}
-    return of_rows | {"scores": SCORES, "run": run, "model": run["model"], "data": run["data"]} | scores | helpers
-
-
-def make_page(outputs, metrics, predictions, shown):
-    items = gallery(outputs, predictions)
-    before, after = (as_text("formula_match", metrics[when]["formula_match"]) for when in ("before", "after"))
+def page_of_run(outputs, metrics, predictions, run):
+    """The page, as text. It stays on this machine, unlike the card: names as they were typed, but for the folders of
+    absolute ones."""
+    matches = {when: as_text("formula_match", metrics[when]["formula_match"]) for when in TRAINED}
     images = f"{len(predictions)} image{'s' * (len(predictions) != 1)}"
     never = " that it never trained on" * ("run" in metrics)  # who resumes the script alone is not asked
-    sentence = f"On {images}{never}, {after} of its readings match the formula; before, {before} did."
+    sentence = f"On {images}{never}, {matches['after']} of its readings match the formula; "
+    sentence += f"before, {matches['before']} did."
     if seen := metrics.get("rows_of_seen_formulas"):
         sentence += f" {seen} of the images show formulas that also appear in training images."
-    # The page stays on this machine, unlike the card: names as they were typed, but for the folders of absolute ones.
     model, data = (Path(metrics["settings"][name]) for name in ("model_name_or_path", "dataset_name"))
     names = {"model": model.name if model.is_absolute() else model, "data": data.name if data.is_absolute() else data}
-    return (
-        Environment(autoescape=True)
-        .from_string(template("report.html.j2"))
-        .render(
-            **shown | names | {"run": shown["run"] | names},
-            sentence=sentence,
-            settings=metrics["settings"],
-            gallery=items,
-            kinds={kind: sum(item["kind"] == kind for item in items) for kind in KINDS.values()},
-            curve=curve(metrics["train"]["log"]),
-        )
+    return make_page(
+        outputs,
+        predictions,
+        TRAINED,
+        [metrics[name] for name in (*TRAINED, "difference")],
+        run | names,
+        title=names["model"],
+        trained_on=names["data"],
+        sentence=sentence,
+        settings=metrics["settings"],
+        curve=curve(metrics["train"]["log"]),
     )
-
-
-def gallery(outputs, predictions):
-    """What the page shows of each row: the worst, the median and the best ones if there are more than `SHOWN`."""
-    ranking = sorted(predictions, key=lambda prediction: (-prediction["after"]["cer"], prediction["row"]))
-    middle = len(ranking) // 2
-    if len(ranking) > SHOWN:
-        third = SHOWN // 3
-        ranking = ranking[:third] + ranking[middle - third // 2 :][:third] + ranking[-third:]
-        middle = third + third // 2
-    places = {0: "worst", middle: "median", len(ranking) - 1: "best"}
-    return [
-        {
-            "row": prediction["row"],
-            "kind": KINDS[prediction["before"]["formula_match"], prediction["after"]["formula_match"]],
-            "place": places.get(rank, ""),
-            "order": (rank, abs(rank - middle), len(ranking) - rank),
-            "image": picture(outputs / prediction["image"]),
-            "readings": readings(prediction),
-        }
-        for rank, prediction in enumerate(ranking)
-    ]
-
-
-def readings(prediction):
-    """The truth and both readings: their names, drawings, marked texts and scores."""
-    truth = prediction["truth"]
-    shown = [("truth", drawing(truth), [[truth, False]], None)]
-    for when in ("before", "after"):
-        text = prediction[when]["text"]
-        shown.append((when, drawing(text), marked(text, truth), prediction[when]))
-    return shown
-
-
-def picture(file):
-    """The image in `file` as a data URI, no larger than a page needs."""
-    with Image.open(file) as image:
-        image.thumbnail((1200, 600))
-        png = io.BytesIO()
-        image.save(png, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-
-
-TAGS = re.compile(
-    "math|menclose|mfrac|mi|mmultiscripts|mn|mo|mover|mpadded|mphantom|mprescripts|mroot|mrow|mspace|msqrt|mstyle|msub|"
-    "msubsup|msup|mtable|mtd|mtext|mtr|munder|munderover|none"
-)
-ATTRIBUTES = re.compile(
-    "accent|accentunder|columnalign|columnlines|columnspacing|depth|display|displaystyle|fence|form|frame|height|"
-    "largeop|linethickness|lspace|mathcolor|mathvariant|maxsize|minsize|movablelimits|notation|rowlines|rowspacing|"
-    "rspace|scriptlevel|separator|stretchy|symmetric|voffset|width|xmlns"
-)
-
-
-def drawing(latex):
-    """The formula as MathML for a page, or None. Readings are data: nothing in them becomes markup, style or a link."""
-    if mathml(latex) is None:
-        return None
-    formula = convert_to_element(latex)
-    for node in formula.iter():
-        node.tag = node.tag if TAGS.fullmatch(node.tag) else "mrow"
-        node.text = html.unescape(node.text or "")  # the converter writes entities; tostring escapes what must be
-        for name, value in [*node.attrib.items()]:
-            if not (ATTRIBUTES.fullmatch(name) and re.fullmatch(r"[\w#%.:/+ -]{0,40}", value)):
-                del node.attrib[name]
-    formula.set("displaystyle", "true")
-    return ElementTree.tostring(formula, encoding="unicode")
-
-
-def marked(text, other):
-    """`text` in pieces, [piece, whether it differs from `other`], spaces aside."""
-    letters = [place for place, letter in enumerate(text) if not letter.isspace()]
-    differs = dict.fromkeys(letters, False)
-    for step in Levenshtein.opcodes("".join(text.split()), "".join(other.split())):
-        if step.tag != "equal":
-            differs |= dict.fromkeys(letters[step.src_start : step.src_end], True)
-    pieces = []
-    for place, letter in enumerate(text):
-        mark = differs.get(place, bool(pieces) and pieces[-1][1] and differs.get(place + 1, False))
-        if pieces and pieces[-1][1] == mark:
-            pieces[-1][0] += letter
-        else:
-            pieces.append([letter, mark])
-    return pieces
 
 
 def curve(log):
@@ -280,34 +165,21 @@ def ticks(top):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model card, the terminal, the notebook
+# The terminal, the notebook
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_card(metrics, shown):
-    """The model card. The base model and the data are only linked where they have a name on the hub."""
-    settings, run = metrics["settings"], shown["run"]
-    hub = {"base_model": "model_name_or_path", "datasets": "dataset_name"}
-    result = {"task_type": "image-to-text", "dataset_type": run["data"], "dataset_name": run["data"]}
-    result["dataset_split"] = metrics["test_split"]
-    data = ModelCardData(
-        model_name=f"{run['model']} for LaTeX OCR",
-        library_name="peft",
-        pipeline_tag="image-text-to-text",
-        tags=["lora", "latex-ocr", "trl", "sft"],
-        eval_results=[EvalResult(**result, metric_type=name, metric_value=metrics["after"][name]) for name in SCORES],
-        **{key: settings[setting] for key, setting in hub.items() if setting not in shown["local"]},
-    )
-    filled = {"name": data.model_name, "instruction": settings["instruction"]} | shown
-    filled |= {"layers": metrics.get("adapted_layers"), "guarded": "run" in metrics}
-    return str(ModelCard.from_template(data, template_str=template("card.md.j2"), **filled))
-
-
-def print_summary(metrics, rows):
-    print(f"\n{held_out(rows):<20}{'before':>9}{'after':>9}   change (95% confidence interval)")
+def print_summary(names, scores, rows):
+    """Prints the scores of so many rows: one set of readings, or two and their differences, as for `make_page`."""
+    *scores, spread = scores
+    width = max(9, *(len(name) + 2 for name in names.values()))
+    interval = "95% confidence interval"
+    if len(names) == 2:
+        interval = f"{'change' if names == TRAINED else 'difference'} ({interval})"
+    print(f"\n{held_out(rows):<20}" + "".join(f"{name:>{width}}" for name in names.values()) + f"   {interval}")
     for name, (label, *_) in SCORES.items():
-        before, after = (as_text(name, metrics[when][name]) for when in ("before", "after"))
-        print(f"{label:<20}{before:>9}{after:>9}   {change_as_text(name, metrics['difference'][name])}")
+        values = "".join(f"{as_text(name, part[name]):>{width}}" for part in scores)
+        print(f"{label:<20}{values}   {(change_as_text if len(names) == 2 else between)(name, spread[name])}")
     if rows_are_few := warning(rows):
         print(rows_are_few)
 

@@ -9,7 +9,7 @@ from conftest import ROOT
 from datasets import load_dataset
 from rapidfuzz.distance import Levenshtein
 
-from qwen_vl_kit import report, scores
+from qwen_vl_kit import report_page, scores
 
 REAL = ROOT.parent / "shared" / "latex_ocr"
 
@@ -81,7 +81,7 @@ def test_what_is_seen_counts(one, other):
     "text", ["", " ", "{", "}", "{x", "x}", "}{", r"\frac", r"x^", r"\left( x", "{" * 5000 + "}" * 5000]
 )
 def test_what_is_not_latex(text):
-    assert scores.mathml(text) is None and report.drawing(text) is None
+    assert scores.mathml(text) is None and report_page.drawing(text) is None
 
 
 def swap_scripts(latex):
@@ -175,9 +175,9 @@ def test_intervals_say_what_the_rows_can_show():
 
 
 def test_marks_are_on_what_differs():
-    assert report.marked("a + b", "a - b") == [
+    assert report_page.marked("a + b", "a - b") == [
         ["a ", False], ["+", True], [" b", False]
     ]  # fmt: skip
-    assert report.marked("x _ 1", "x_1") == [["x _ 1", False]]
-    assert report.marked("", "x") == []
-    assert "".join(piece for piece, _ in report.marked(r"\frac { a } { b }", r"\frac{a}{c}")) == r"\frac { a } { b }"
+    assert report_page.marked("x _ 1", "x_1") == [["x _ 1", False]]
+    assert report_page.marked("", "x") == []
+    assert "".join(piece for piece, _ in report_page.marked(r"\frac { a } { b }", r"\frac{a}{c}")) == r"\frac { a } { b }"
