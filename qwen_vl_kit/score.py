@@ -20,7 +20,7 @@ SPLITS = ("test", "validation", "train")  # the first of these that there is
 
 def parse(arguments, prog):
     parser = Parser(prog, "Scores a model on held-out rows.", usage="%(prog)s MODEL [--OPTION VALUE ...]")
-    add_model(parser)
+    add_model(parser, limit=None)
     parser.add_argument(
         "--against", metavar="OTHER", help="another model, or base: the adapter's own; it reads the same rows"
     )

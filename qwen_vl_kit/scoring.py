@@ -4,6 +4,7 @@ It wraps no step. Rows are chosen as a run chooses its held-out ones, by the sam
 """
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -25,7 +26,8 @@ from qwen_vl_kit.score import SPLITS
 from qwen_vl_kit.sentences import told
 
 # What is asked of a data set, where neither the command line nor the model's run says it.
-USUAL = {"image_column": "image", "text_column": "text", "num_test_rows": 64, "seed": 3407, "dataset_config": None}
+USUAL = {"image_column": "image", "text_column": "text", "num_test_rows": 64, "seed": 3407}
+USUAL |= {"dataset_config": None, "max_new_tokens": 128}
 INTERVALS = {1: "interval", 2: "difference"}  # what scores.json calls what comes beside so many sets of scores
 
 
@@ -37,6 +39,7 @@ def score(wanted):
     if other and other.model == source.model and other.name == source.name:
         sys.exit(f"--against {wanted.against} is the same model: name another.")
     options = fill_in(wanted, source)
+    wanted.max_new_tokens = options.max_new_tokens
     reads = reader.load(wanted, source)
     found, chosen = choose(options, reads)
     about = {"data": f"{options.dataset_name}, {len(chosen):,} rows of {found.split}", "seed": options.seed}
@@ -80,7 +83,8 @@ def base_beside(source, against):
     if against == "base" and not base:
         sys.exit(f"--against base needs an adapter, which {source.name} is not: name the other model.")
     if base and (against == "base" or Path(base).resolve() == Path(against).resolve()):  # of hub names, too
-        return source._replace(name=base, run=None)
+        short = os.path.relpath(base) if Path(base).is_absolute() and Path(base).is_relative_to(Path.cwd()) else base
+        return source._replace(name=short, run=None)
     return None
 
 
@@ -93,7 +97,8 @@ def fill_in(wanted, source):
     given = {name: getattr(wanted, name) for name in ("dataset_name", "dataset_test_split", *USUAL)}
     usual = USUAL | {"dataset_test_split": None}
     if metrics and wanted.dataset_name in (None, metrics["settings"]["dataset_name"]):
-        usual = metrics["settings"] | {"dataset_test_split": metrics["test_split"]}
+        settings = {name: None if value == "None" else value for name, value in metrics["settings"].items()}
+        usual = settings | {"dataset_test_split": metrics["test_split"]}
         if not Path(usual["dataset_name"]).exists():  # it may have been relative to another folder
             usual["dataset_name"] = local_names(source.run, metrics).get("dataset_name", usual["dataset_name"])
     elif not wanted.dataset_name:
