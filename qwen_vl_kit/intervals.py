@@ -3,6 +3,7 @@
 It wraps no step; `scores` asks it. How often the intervals contain the true change, `benchmarks/coverage.py` simulates.
 """
 
+from math import lgamma
 from statistics import NormalDist
 
 import numpy as np
@@ -30,20 +31,35 @@ def of_share(gained, lost, rows):
         lost_share = (root - linear) / (4 * rows)
         return rows * (measured - change) ** 2 <= Z**2 * (2 * lost_share + change * (1 - change))
 
-    ends = []
-    for impossible in (-1.0, 1.0):
-        end = measured
-        for _ in range(40):  # halves the distance between an end that is possible and one that is not
-            middle = (end + impossible) / 2
-            end, impossible = (middle, impossible) if possible(middle) else (end, middle)
-        ends.append(end)
-    return ends
+    return between(possible, measured, -1.0, 1.0)
 
 
 def of_one_share(count, rows):
-    """The interval of a share of which `count` of `rows` rows are: Wilson's score interval (JASA 22, 1927, 209-212)."""
-    middle, width = count + Z**2 / 2, Z * np.sqrt(count * (rows - count) / rows + Z**2 / 4)
-    return [float((middle - width) / (rows + Z**2)), float((middle + width) / (rows + Z**2))]
+    """The interval of a share of which `count` of `rows` rows are: Clopper and Pearson's (Biometrika 26, 1934, 404).
+
+    All shares with which so many rows, or more, or so many or fewer, are not rarer than one time in forty. It covers
+    for any share, Wilson's interval not for rare ones.
+    """
+    numbers = np.arange(rows + 1)
+    ways = lgamma(rows + 1) - np.array([lgamma(n + 1) + lgamma(rows - n + 1) for n in numbers])
+
+    def possible(share):
+        chances = np.exp(ways + numbers * np.log(share) + (rows - numbers) * np.log1p(-share))
+        return min(chances[count:].sum(), chances[: count + 1].sum()) >= TAILS[0]
+
+    return between(possible, count / rows, 0.0, 1.0)
+
+
+def between(possible, measured, *impossible):
+    """The last numbers that are `possible` on the way from the measured one to each that is not."""
+    ends = []
+    for end in impossible:
+        inside = measured
+        for _ in range(40 if inside != end else 0):  # halves the distance between what is possible and what is not
+            middle = (inside + end) / 2
+            inside, end = (middle, end) if possible(middle) else (inside, middle)
+        ends.append(inside)
+    return ends
 
 
 def weighted(counts, seed):

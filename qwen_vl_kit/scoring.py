@@ -40,8 +40,9 @@ def score(wanted):
         sys.exit(f"--against {wanted.against} is the same model: name another.")
     options = fill_in(wanted, source)
     wanted.max_new_tokens = options.max_new_tokens
+    found = rows_of(options)  # what is wrong with them is said before the model is loaded
     reads = reader.load(wanted, source)
-    found, chosen = choose(options, reads)
+    chosen = choose(found, options, reads)
     about = {"data": f"{options.dataset_name}, {len(chosen):,} rows of {found.split}", "seed": options.seed}
     truths = [text.strip() for text in found.select(chosen)[options.text_column]]
     predictions = [
@@ -107,20 +108,24 @@ def fill_in(wanted, source):
     return Namespace(**filled, max_length=None)
 
 
-def choose(options, reads):
-    """The rows of the split, images decoded as they are asked for, and the numbers of those to score on."""
-    run.processor, run.extra = reads.processor, Namespace(max_characters=4000)
+def rows_of(options):
+    """The rows of the split to score on, their images decoded as they are asked for."""
     splits = hub.load("data set", options.dataset_name, lambda: rows.as_found(options))
     split = options.dataset_test_split or next((name for name in SPLITS if name in splits), "test")
     rows.check_columns(splits, split, "--dataset_test_split", options)
-    found = rows.with_pictures(splits, options)[split]
+    return rows.with_pictures(splits, options)[split]
+
+
+def choose(found, options, reads):
+    """The numbers of the rows to score on."""
+    run.processor, run.extra = reads.processor, Namespace(max_characters=4000)
     run.test_rows = found.cast_column(options.image_column, Image(decode=False))
     lengths, _, _ = rows.pick(run.test_rows, options.num_test_rows, set(), options, "held-out")
     if not lengths:
-        sys.exit(f"{options.dataset_name} has no row in {split} that can be used.")
+        sys.exit(f"{options.dataset_name} has no row in {found.split} that can be used.")
     if len(lengths) < options.num_test_rows < inf:
-        print(f"{split} of {options.dataset_name} has {len(lengths):,} usable rows.")
-    return found, [*lengths]
+        print(f"{options.dataset_name} has {len(lengths):,} usable rows in {found.split}.")
+    return [*lengths]
 
 
 def remembered(source, options, found, chosen):

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 import random
 
 import numpy as np
@@ -40,6 +41,44 @@ def truths():
 def test_shares_have_tango_s_interval(gained, lost, rows, low, high):
     assert intervals.of_share(gained, lost, rows) == pytest.approx([low, high], abs=1e-4)
     assert intervals.of_share(lost, gained, rows) == pytest.approx([-high, -low], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "count, rows, low, high",
+    [
+        # The "rule of three", with both tails: 1 - 0.025 ** (1 / n); and Brown, Cai and DasGupta, Statistical Science
+        # 16, 2001, table 5, and tables of the binomial distribution.
+        (0, 10, 0, 1 - 0.025**0.1),
+        (10, 10, 0.025**0.1, 1),
+        (1, 10, 0.0025, 0.4450),
+        (5, 10, 0.1871, 0.8129),
+        (81, 263, 0.2527, 0.3676),
+    ],
+)
+def test_one_share_has_clopper_s_and_pearson_s_interval(count, rows, low, high):
+    assert intervals.of_one_share(count, rows) == pytest.approx([low, high], abs=1e-4)
+
+
+@pytest.mark.parametrize("rows", [8, 64, 500])
+def test_intervals_of_one_share_cover(rows):
+    """Computed, not simulated: the chances of all counts whose interval has the share in it."""
+    found = [intervals.of_one_share(count, rows) for count in range(rows + 1)]
+    for share in (0.001, 0.0027, 0.01, 0.1, 0.5, 0.68, 0.99):
+        chances = [math.comb(rows, n) * share**n * (1 - share) ** (rows - n) for n in range(rows + 1)]
+        covers = (low <= share <= high for low, high in found)
+        assert sum(chance for chance, covered in zip(chances, covers, strict=True) if covered) >= 0.95 - 1e-9
+
+
+@pytest.mark.parametrize("rows, how", [(8, {}), (64, {"runaways": (0, 0.03)}), (64, {"repeats": True})])
+def test_intervals_of_one_cer_cover(rows, how, truths):
+    everything = simulation.population(truths, **how)[1]
+    true, covered = simulation.cer(everything.sum(axis=0)[None])[0], 0
+    for seed in range(200):
+        held_out = everything[np.random.default_rng(seed).integers(len(everything), size=rows)]
+        ends = scores.extremes(held_out, simulation.LIMIT)
+        ((low, high),) = intervals.of_one_sum(lambda sums: simulation.cer(sums)[:, None], held_out, *ends, seed)
+        covered += low <= true <= high
+    assert covered >= 0.93 * 200
 
 
 @pytest.mark.parametrize("rows", [8, 64, 100])

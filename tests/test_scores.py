@@ -180,4 +180,6 @@ def test_marks_are_on_what_differs():
     ]  # fmt: skip
     assert report_page.marked("x _ 1", "x_1") == [["x _ 1", False]]
     assert report_page.marked("", "x") == []
-    assert "".join(piece for piece, _ in report_page.marked(r"\frac { a } { b }", r"\frac{a}{c}")) == r"\frac { a } { b }"
+    assert (
+        "".join(piece for piece, _ in report_page.marked(r"\frac { a } { b }", r"\frac{a}{c}")) == r"\frac { a } { b }"
+    )
