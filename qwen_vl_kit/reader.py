@@ -5,9 +5,11 @@ that lies beside the model, so what it reads is what the run's own scores were t
 """
 
 import math
+import os
 import queue
 import sys
 import threading
+from argparse import Namespace
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.generation import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from qwen_vl_kit import hub, loading
+from qwen_vl_kit import hub, loading, rows
 from qwen_vl_kit.memory import if_it_fits, is_shortage
 from qwen_vl_kit.sentences import told
 
@@ -69,6 +71,13 @@ class Queue(BaseStreamer):
 
     def end(self):
         pass
+
+
+def as_seen(picture):
+    """An image as training would see it: RGB, transparent paper white, turned as its EXIF data says."""
+    if isinstance(picture, str | os.PathLike):
+        return rows.open_image(Path(picture).read_bytes())
+    return rows.as_seen(picture)
 
 
 class Reader:
@@ -135,9 +144,9 @@ class Reader:
                 self.batch_size = len(some) // 2
 
     def read(self, pictures, limit=None):
-        """Reads images, RGB, as many at once as the memory holds. Returns a `Reading` for each, in their order."""
+        """Reads images, files or Pillow's, as many at once as the memory holds. Returns a `Reading` for each."""
         found = {}
-        for readings in self.batches(pictures, limit):
+        for readings in self.batches([*map(as_seen, pictures)], limit):
             found |= readings
         return [found[place] for place in range(len(pictures))]
 
@@ -175,6 +184,12 @@ class Reader:
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_model(name, instruction=None, max_new_tokens=512, batch_size=None, load_in_4bit=None):
+    """A `Reader` for programs, of a run's folder, an adapter, a model, or a name on the hub; options as of `read`."""
+    named = {"model": name, "instruction": instruction, "max_new_tokens": max_new_tokens}
+    return load(Namespace(**named, batch_size=batch_size, load_in_4bit=load_in_4bit))
 
 
 def load(arguments, source=None):

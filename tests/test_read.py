@@ -212,6 +212,17 @@ def test_pages_and_folders_and_standard_input(pictures, command, tmp_path, monke
     assert "Each page of a PDF file is read as the picture of one formula" in said
 
 
+def test_a_program_needs_three_lines(run, pictures, reads, tmp_path):
+    """Transparent paper is white there, too; a file is as good as an image."""
+    drawn = pictures[0].convert("L")
+    clear = Image.new("RGBA", drawn.size, (0, 0, 0, 0))
+    clear.putalpha(drawn.point(lambda level: 255 - level))
+    clear.save(tmp_path / "clear.png")
+    opened = reader.open_model(str(run), max_new_tokens=6)
+    found = opened.read([clear, tmp_path / "clear.png", str(tmp_path / "clear.png")])
+    assert [reading.text for reading in found] == [reads.read([drawn])[0].text] * 3
+
+
 def test_a_pdf_page_is_drawn_large_enough_to_be_read_and_no_larger(tmp_path):
     import matplotlib.pyplot as plt
 
