@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from conftest import ROOT
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from shaky_hub import ShakyHub
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qwen_vl_kit import images, loading, read, reader
@@ -469,3 +471,28 @@ def test_a_model_that_is_not_there(name):
 def test_an_empty_folder_is_no_model(tmp_path):
     with pytest.raises(SystemExit, match="no finished run"):
         loading.find(str(tmp_path))
+
+
+def test_a_name_on_the_hub(base, run, pictures, command, tmp_path):
+    """An adapter, and the base that it names; the second time nothing is asked."""
+    shutil.copytree(base, tmp_path / "models" / "somebody" / "base")
+    shutil.copytree(run / "adapter", tmp_path / "models" / "somebody" / "latex")
+    config = tmp_path / "models" / "somebody" / "latex" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "somebody/base"}))
+    (tmp_path / "models" / "somebody" / "latex" / "notes.bin").write_text("of no use here")
+    pictures[0].save(tmp_path / "a.png")
+    hub = ShakyHub(tmp_path)
+    there = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    words = [sys.executable, "-m", "qwen_vl_kit", "read", "somebody/latex", str(tmp_path / "a.png")]
+    words += ["--max_new_tokens", "6"]
+    for asked in (True, False):
+        hub.asked.clear()
+        ended = subprocess.run(words, cwd=ROOT, env=there, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0 and "does not say" not in ended.stderr, ended.stderr[-3000:]
+        assert ended.stdout.split("\t")[1].strip() == command(tmp_path / "a.png")[1][str(tmp_path / "a.png")]
+        assert bool(hub.asked) == asked and not [path for path in hub.asked if "notes.bin" in path]
+    words[4] = "somebody/nothing"
+    ended = subprocess.run(words, cwd=ROOT, env=there, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr[-3000:]
+    assert "Could not load the model 'somebody/nothing'" in ended.stderr.splitlines()[-1]
+    hub.server.shutdown()

@@ -96,8 +96,8 @@ def readings(place):
     return {Path(row["image"]).name: row["after"]["text"] for row in rows}
 
 
-def read_by_readme(place, model):
-    """What the README's ten lines read in `images` with the model or adapter in `outputs/<model>`."""
+def read_without_the_kit(place, model):
+    """What the ten lines without the kit read in `images` with the model or adapter in `outputs/<model>`."""
     code = re.sub('"outputs/(demo/)?adapter"', f'"outputs/{model}"', READ)
     assert code.count(f'"outputs/{model}"') == 2
     ended = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, timeout=300)
@@ -105,9 +105,9 @@ def read_by_readme(place, model):
     return dict(line.split("\t") for line in ended.stdout.splitlines() if line.count("\t") == 1)
 
 
-def test_the_readme_s_ten_lines_read_a_folder(place, readings):
+def test_ten_lines_without_the_kit_read_a_folder(place, readings):
     assert len([line for line in READ.splitlines() if line.strip()]) <= 10
-    read = read_by_readme(place, "adapter")
+    read = read_without_the_kit(place, "adapter")
     assert read.keys() == readings.keys()
     # Other batches than the run's round otherwise, which may tip one reading or two.
     assert sum(read[name] == text for name, text in readings.items()) >= 0.95 * len(readings)
@@ -132,7 +132,25 @@ def test_the_command_reads_as_the_run_did(place, readings):
     assert "Reading with outputs/merged" in said and "does not say" not in said
 
 
-def test_the_readme_s_lines_for_unsloth_go_into_these_ten(place, readings, tmp_path):
+def test_scores_without_training_are_the_run_s(place):
+    """Both: of the model, and of its base, asked and prepared as in the run."""
+    command = [sys.executable, "-m", "qwen_vl_kit", "score", "outputs", "--against", "base"]
+    there = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=place, env=there, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    scores = json.loads((place / "outputs/score/scores.json").read_text())
+    metrics = json.loads((place / "outputs/metrics.json").read_text())
+    assert all(scores[name] == metrics[name] for name in ("before", "after", "difference"))
+    rows = [json.loads(line) for line in (place / "outputs/score/predictions.jsonl").read_text().splitlines()]
+    record = json.loads((place / "outputs/run.json").read_text())
+    assert [row["row"] for row in rows] == [row for row, _ in record["held_out"]]
+    command[4:] = ["outputs", "--dataset_name", str(ROOT / "demo/data"), "--dataset_test_split", "train"]
+    command += ["--num_test_rows", "3"]
+    ended = subprocess.run(command, cwd=place, env=there, capture_output=True, text=True, timeout=300)
+    assert "may have been trained on 3 of these rows" in ended.stdout, ended.stderr[-3000:]
+
+
+def test_the_lines_for_unsloth_go_into_these_ten(place, readings, tmp_path):
     """On a CPU there is no Unsloth: what stands in for it loads the model by transformers, as Unsloth gives it back."""
     (tmp_path / "unsloth.py").write_text(
         "class FastVisionModel:\n"
@@ -239,7 +257,7 @@ def test_adapters_that_change_no_reading_prove_nothing(tmp_path):
 
 
 def test_the_server_reads_as_the_batches_do(exact, tmp_path):
-    read = read_by_readme(exact, "merged")
+    read = read_without_the_kit(exact, "merged")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
