@@ -1,12 +1,20 @@
 """What the tests share: running the script as users do, also with a change, or in this process, to look into it."""
 
+import atexit
+import functools
+import json
 import os
 import runpy
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+
+from qwen_vl_kit.environment import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "finetune_qwen_vl.py"
@@ -18,10 +26,65 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED"
 os.environ.update(ENVIRONMENT)
 
 
+def environment_now():
+    """What a run would see, without what the kit sets itself, in this process too where a test has imported it."""
+    own = {*SETTINGS, "CUDA_VISIBLE_DEVICES", "PYTEST_CURRENT_TEST"}
+    return {name: value for name, value in os.environ.items() if name not in own}
+
+
+AT_FIRST = environment_now()
+
+
+class Zygote:
+    """A process that has imported the libraries, and forks whenever the script is to be started (see `zygote.py`)."""
+
+    def __init__(self, environment):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        command = [sys.executable, ROOT / "tests" / "zygote.py"]
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait()
+
+    def start(self, options, *files):
+        """Starts the script, its output and errors going to these files. Returns its process's id."""
+        self.process.stdin.write(json.dumps([[*map(str, options)], *map(str, files)]) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self, timeout=None):
+        """The exit code of what was started, or None if it has not ended after so many seconds."""
+        ready = select.select([self.process.stdout], [], [], timeout)[0]
+        return int(self.process.stdout.readline()) if ready else None
+
+
+@functools.cache
+def zygote():
+    """The one that serves this process, until that ends."""
+    ours = Zygote(AT_FIRST | SETTINGS)
+    atexit.register(ours.__exit__)
+    return ours
+
+
 def run(*arguments, timeout=600):
     """`python finetune_qwen_vl.py *arguments` in the project's root: its `CompletedProcess`, outputs as text."""
     command = [sys.executable, SCRIPT.name, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    if environment_now() != AT_FIRST:  # which some libraries read when they are imported
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    server = zygote()
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder, "out"), Path(folder, "err")
+        child = server.start(arguments, *files)
+        code = server.wait(timeout)
+        if code is None:
+            os.kill(child, signal.SIGKILL)
+            server.wait()
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, code, *(file.read_text() for file in files))
 
 
 def run_changed(change, *arguments, timeout=600):

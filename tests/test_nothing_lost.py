@@ -17,7 +17,7 @@ from statistics import median
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, execute, run, run_changed
+from conftest import ROOT, SCRIPT, Zygote, execute, run, run_changed
 from datasets import load_dataset
 from safetensors.torch import load_file
 from transformers import AutoProcessor
@@ -119,23 +119,6 @@ def assert_ended_alike(folder, whole):
     assert not (folder / ".part").exists()
 
 
-@contextmanager
-def zygote(environment):
-    """A function that starts the script, with options and a log, and returns its process id and a way to its end."""
-    command = [sys.executable, ROOT / "tests/zygote.py"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
-
-    def start(options, log):
-        process.stdin.write(json.dumps([[*map(str, options)], str(log)]) + "\n")
-        process.stdin.flush()
-        return int(process.stdout.readline()), lambda: int(process.stdout.readline())
-
-    yield start
-    process.stdin.close()
-    process.wait()
-
-
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_while_another_tries_to_enter(tiny, whole, tmp_path):
     seed = int(os.environ.get("KILLS_SEED", random.randrange(10**6)))
@@ -160,10 +143,10 @@ def test_twenty_kills_at_random_moments_while_another_tries_to_enter(tiny, whole
             return (folder / ".holder.json").read_text()
         return ""
 
-    with zygote(environment) as start_one, zygote(environment) as start_other:
+    with Zygote(environment) as one, Zygote(environment) as other:
         while True:
             before, start = steps(folder), time.time()
-            process, end = start_one(options, f"{folder}.log")
+            process = one.start(options, f"{folder}.log", f"{folder}.log")
             kind = chance.choice(["any", "writing", "deleting"]) if len(kills) < 20 else None
             delay, wanted, said_before, training = (
                 chance.uniform(0, 1),
@@ -171,14 +154,15 @@ def test_twenty_kills_at_random_moments_while_another_tries_to_enter(tiny, whole
                 len(said(folder)),
                 None,
             )
-            enters, other_ends = start + chance.uniform(0, 2), None
+            enters, tried = start + chance.uniform(0, 2), False
             log = tmp_path / f"other{len(kills)}"
             while kind:
                 files = being_written()
                 if not training and "Training " in said(folder)[said_before:]:
                     training = time.time()
-                if not other_ends and time.time() > enters and f'"pid": {process},' in holder():
-                    _, other_ends = start_other(intruder, log)
+                if not tried and time.time() > enters and f'"pid": {process},' in holder():
+                    other.start(intruder, log, log)
+                    tried = True
                 if (
                     (
                         kind == "any"
@@ -193,9 +177,9 @@ def test_twenty_kills_at_random_moments_while_another_tries_to_enter(tiny, whole
                     kills.append((kind, len(being_written())))
                     break
                 time.sleep(0.0005)
-            code = end()
-            if other_ends:
-                assert other_ends() in (1, 2), log.read_text()[-3000:]
+            code = one.wait()
+            if tried:
+                assert other.wait() in (1, 2), log.read_text()[-3000:]
                 reason = log.read_text().strip().splitlines()[-1]
                 assert "is using" in reason or "none.parquet" in reason, reason
                 turned_away += "is using" in reason
