@@ -14,7 +14,7 @@ import yaml
 from accelerate.utils import gather_object
 from trl import TrlParser
 
-from qwen_vl_kit import checkpoints, export, lock, offered, record, run
+from qwen_vl_kit import checkpoints, export, lock, offered, recipe, record, run
 from qwen_vl_kit.sentences import fail
 
 # What the trainer's own defaults would make of a run: losses and checkpoints every 500 steps, NaN hidden from the log,
@@ -88,6 +88,7 @@ class Parser(TrlParser):
 
     def parse_known_args(self, *arguments, **more):
         options, unknown = super().parse_known_args(*arguments, **more)
+        self.given = {**vars(options)}
         if (options.num_validation_rows or options.early_stopping_patience) and options.eval_strategy in offered.UNSET:
             options.eval_strategy = "steps"  # else what they ask for would never happen
         offered.check(options, self.usual, self.error)
@@ -187,5 +188,6 @@ def read_options(step, options_class, arguments):
         record.announce(checkpoint)
     if options.process_index == 0:
         run.exports = export.prepare(options, extra)
+    run.notes |= recipe.note(parser.given, parser.usual, options.world_size)
     run.notes["settings"] = {field.name: getattr(extra, field.name) for field in fields(extra)}
     return options

@@ -1,25 +1,28 @@
 """Shows what a run has learned: a page, more scores, a model card.
 
     python -m qwen_vl_kit report outputs
+    python -m qwen_vl_kit report outputs/one outputs/other
 
 Wraps `save`: when that has written `metrics.json`, `predictions.jsonl` and `held_out/`, this makes of them
 
 - `report.html`, one page to open from disk, without a network and without scripts;
 - more scores in `metrics.json` and `predictions.jsonl`: BLEU, formula match, is it LaTeX, and how sure each change is;
 - the adapter's model card, `adapter/README.md`, with the scores in the hub's own form.
+
+Of two runs the command makes one page that compares them (see `compare`).
 """
 
-import argparse
 import html
 import json
 import sys
-from datetime import datetime
 from pathlib import Path
 
-import numpy as np
-
+from qwen_vl_kit import compare
+from qwen_vl_kit.arguments import Parser
 from qwen_vl_kit.card import make_card
-from qwen_vl_kit.finished import metrics_of, predictions_of, shown_name
+from qwen_vl_kit.curves import curves
+from qwen_vl_kit.finished import metrics_of, predictions_of
+from qwen_vl_kit.recipe import changed_settings, facts, left_out
 from qwen_vl_kit.report_page import TRAINED, between, make_page
 from qwen_vl_kit.scores import SCORES, as_text, change_as_text, held_out, score, warning
 from qwen_vl_kit.sentences import first_line
@@ -67,47 +70,6 @@ def write(file, text):
     part.replace(file)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The page
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def facts(outputs, metrics, predictions):
-    """What was run, as names and values for a table. What only the kit measures may be missing."""
-    settings, train = metrics["settings"], metrics["train"]
-    samples = f"{train['samples']:,} samples in " if "samples" in train else ""
-    # Without the kit, the images are what a later report leaves as it is.
-    ended = f"{datetime.fromtimestamp((outputs / predictions[0]['image']).stat().st_mtime):%Y-%m-%d %H:%M}"
-    run = {
-        "model": shown_name("model_name_or_path", outputs, metrics),
-        "data": shown_name("dataset_name", outputs, metrics),
-        "held out": f"{len(predictions)} rows of {metrics['test_split']}",
-        "trained on": f"{samples}{train['log'][-1]['step']:,} steps",
-        "learning rate": f"{settings['learning_rate']:g}, {settings['lr_scheduler_type']}",
-        "adapters": f"r {settings['lora_r']}, alpha {settings['lora_alpha']}, dropout {settings['lora_dropout']}",
-        "seed": settings["seed"],
-    }
-    if "best_step" in train:
-        run["best step"] = f"{train['best_step']:,}, by validation loss: the adapter is that step's"
-    if resumed := metrics.get("run", {}).get("resumed"):
-        run["resumed"] = "; ".join(f"after step {part['step']:,}{changes(part['changed'])}" for part in resumed)
-    if "train_runtime" in train:
-        run["time"] = f"{train['train_runtime']:.0f} s, {train['train_samples_per_second']:.1f} samples/s"
-    if "peak_memory_gb" in train:
-        run["peak GPU memory"] = f"{train['peak_memory_gb']:.1f} GB"
-    if "hardware" in metrics:
-        run["hardware"] = metrics["hardware"] + (f", {n} processes" if (n := metrics.get("processes", 1)) > 1 else "")
-    if "versions" in metrics:
-        run["versions"] = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
-    return run | {"date": metrics.get("run", {}).get("ended", ended)}
-
-
-def changes(changed):
-    """What was changed when a run was resumed, in words; of paths only that they were."""
-    words = [name if "/" in f"{then}{now}" else f"{name} {then}, then {now}" for name, (then, now) in changed.items()]
-    return f" ({', '.join(words)})" if words else ""
-
-
 def page_of_run(outputs, metrics, predictions, run):
     """The page, as text. It stays on this machine, unlike the card: names as they were typed, but for the folders of
     absolute ones."""
@@ -130,38 +92,11 @@ def page_of_run(outputs, metrics, predictions, run):
         trained_on=names["data"],
         sentence=sentence,
         settings=metrics["settings"],
-        curve=curve(metrics["train"]["log"]),
+        curve=curves({"": metrics["train"]["log"]}),
+        changed=changed_settings(metrics),
+        command=metrics.get("command"),
+        left_out=left_out(outputs),
     )
-
-
-def curve(log):
-    """The training log as a drawing of 480 x 200: losses, validation losses and learning rates, and their ticks."""
-    losses, validation, rates = (
-        [(entry["step"], entry[name]) for entry in log if name in entry]
-        for name in ("loss", "eval_loss", "learning_rate")
-    )
-    last = max([entry["step"] for entry in log if "step" in entry], default=1)
-    most = max([loss for _, loss in losses + validation if np.isfinite(loss)], default=1) or 1
-    fastest = max([rate for _, rate in rates], default=1) or 1
-
-    def points(values, top):
-        return [(round(480 * x / last, 1), round(200 - 200 * y / top, 1)) for x, y in values if np.isfinite(y)]
-
-    return {
-        "losses": points(losses, most),
-        "validation": points(validation, most),
-        "rates": points(rates, fastest),
-        "loss_ticks": ticks(most),
-        "rate_ticks": ticks(fastest),
-        "last": last,
-    }
-
-
-def ticks(top):
-    """At most six round numbers from 0 to `top`, each with its height in a drawing of 200."""
-    unit = 10 ** np.floor(np.log10(top / 2))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if top / (unit * factor) <= 5)
-    return [(200 - 200 * i * step / top, f"{i * step:.3g}") for i in range(int(top / step) + 1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,11 +129,24 @@ def show_in_notebook(page, file):
         display({"text/html": frame, "text/plain": str(file)}, raw=True)
 
 
+def make_comparison(one, other):
+    """Writes the page that compares two runs, given as folders; prints a summary."""
+    page, names, scores, rows = compare.compare(one, other)
+    file = compare.file_of(one, other)
+    write(file, page)
+    print_summary(names, scores, rows)
+    print(f"Comparison: {file}")
+    show_in_notebook(page, file)
+
+
 def main(arguments, prog):
-    parser = argparse.ArgumentParser(prog=prog, description="Makes the page, the scores and the model card of a run.")
+    parser = Parser(prog, "Makes the page, the scores and the model card of a run, or a page that compares two runs.")
     parser.add_argument("outputs", metavar="FOLDER", type=Path, help="the --output_dir of a run")
-    outputs = parser.parse_args(arguments).outputs
+    against = "that of another run: both on the rows that both held out"
+    parser.add_argument("other", metavar="OTHER", type=Path, nargs="?", help=against)
+    wanted = parser.parse_args(arguments)
     try:
-        make(outputs)
+        make_comparison(wanted.outputs, wanted.other) if wanted.other else make(wanted.outputs)
     except OSError as error:  # an image that is gone, a full disk
-        sys.exit(f"Could not make the report of {outputs}: {first_line(error)}.")
+        both = f" and {wanted.other}" if wanted.other else ""
+        sys.exit(f"Could not make the report of {wanted.outputs}{both}: {first_line(error)}.")

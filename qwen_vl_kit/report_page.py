@@ -17,9 +17,12 @@ from latex2mathml.converter import convert_to_element
 from PIL import Image
 from rapidfuzz.distance import Levenshtein
 
+from qwen_vl_kit import mistakes
 from qwen_vl_kit.scores import SCORES, as_text, change_as_text, held_out, mathml, verdict, warning
 
+EXAMPLES = 3  # rows to click to, of each confusion
 SHOWN = 240  # rows on the page: with more, it takes a browser seconds to open
+NEAR, NEARLY_RIGHT = "near", "nearly right"  # one token off: among the wrong ones a kind of its own
 TRAINED = {"before": "before", "after": "after"}  # what a run names its readings
 
 
@@ -39,6 +42,7 @@ def make_page(outputs, predictions, names, scores, run, **of_a_run):
     items = gallery(outputs, predictions, names)
     filled = {"names": names, "spread": spread, "run": run, "rows": len(predictions), "gallery": items}
     filled |= dict(zip(names, scores, strict=True)) | {"title": " and ".join(names.values())}
+    filled["mistakes"] = what_goes_wrong(predictions, names, items)
     filled["kinds"] = {kind: sum(item["kind"] == kind for item in items) for kind in kinds_of(names).values()}
     page = Environment(autoescape=True).from_string(template("report.html.j2"))
     return page.render(helpers(len(predictions)) | filled | of_a_run)
@@ -47,6 +51,7 @@ def make_page(outputs, predictions, names, scores, run, **of_a_run):
 def helpers(rows):
     """What templates need to show scores of so many rows."""
     words = {"as_text": as_text, "change_as_text": change_as_text, "between": between, "verdict": verdict}
+    words["sentence_of"] = sentence_of
     return words | {"scores": SCORES, "held_out": held_out(rows), "warning": warning(rows)}
 
 
@@ -55,20 +60,30 @@ def between(name, interval):
     return " to ".join(as_text(name, end) for end in interval)
 
 
+def sentence_of(name, count):
+    """How many readings are wrong, and how narrowly."""
+    rows, wrong, near = count["rows"], count["wrong"], count["near"]
+    said = f"{wrong} of {rows} readings {name} {'is' if wrong == 1 else 'are'} wrong"
+    return f"{said}, {near} of them by one token: another, a missing or a needless one." if wrong else f"{said}."
+
+
 def kinds_of(names):
-    """What became of a row, by whether each of its readings is the right formula."""
+    """What became of a row, by whether each of its readings is the right formula, in the order of the page."""
     if len(names) == 1:
-        return {(True,): "right", (False,): "wrong"}
+        return {(True,): "right", NEAR: NEARLY_RIGHT, (False,): "wrong"}
     if names == TRAINED:
-        words = "fixed", "still wrong", "broken by training", "kept right"
-    else:
-        before, after = names.values()
-        words = f"only {after}", "both wrong", f"only {before}", "both right"
-    return dict(zip(((False, True), (False, False), (True, False), (True, True)), words, strict=True))
+        words = {(False, True): "fixed", NEAR: NEARLY_RIGHT, (False, False): "still wrong"}
+        return words | {(True, False): "broken by training", (True, True): "kept right"}
+    before, after = names.values()
+    words = {(False, True): f"only {after}", (False, False): "both wrong", (True, False): f"only {before}"}
+    return words | {(True, True): "both right"}
 
 
 def kind_of(prediction, names):
-    return kinds_of(names)[tuple(prediction[when]["formula_match"] for when in names)]
+    kinds, right = kinds_of(names), tuple(prediction[when]["formula_match"] for when in names)
+    if NEAR in kinds and not any(right) and mistakes.is_near(prediction["truth"], prediction["after"]):
+        return NEARLY_RIGHT
+    return kinds[right]
 
 
 def gallery(outputs, predictions, names):
@@ -98,9 +113,25 @@ def readings(prediction, names):
     truth = prediction["truth"]
     shown = [("truth", drawing(truth), [[truth, False]], None)]
     for when, name in names.items():
-        text = prediction[when]["text"]
-        shown.append((name, drawing(text), marked(text, truth), prediction[when]))
+        reading = prediction[when]
+        near = {"near": mistakes.is_near(truth, reading)}
+        shown.append((name, drawing(reading["text"]), marked(reading["text"], truth), reading | near))
     return shown
+
+
+def what_goes_wrong(predictions, names, items):
+    """What `mistakes` counts, as the page shows it: of a run after training, of others of each reading."""
+    found = mistakes.summary(predictions, {"after": "after training"} if names == TRAINED else names)
+    on_page = {item["row"] for item in items}
+    for symbol in found["symbols"]:
+        symbol |= {when: {"text": symbol[when], "formula": symbol_drawing(symbol[when])} for when in ("truth", "read")}
+        symbol["rows"] = [row for row in symbol["rows"] if row in on_page][:EXAMPLES]
+    return found | {"of": [*found["counts"]]}
+
+
+def symbol_drawing(token):
+    """A token as it looks, where that is more than its letters."""
+    return drawing(token) if token and re.fullmatch(r"\\[A-Za-z]+", token) else None
 
 
 def picture(file):
