@@ -8,13 +8,12 @@ It wraps no step, and leaves both runs as they are.
 import hashlib
 import sys
 from collections import Counter
-from pathlib import Path
 
 from PIL import Image
 
 from qwen_vl_kit.curves import curves
 from qwen_vl_kit.finished import last_part, metrics_of, predictions_of
-from qwen_vl_kit.recipe import APART, facts
+from qwen_vl_kit.recipe import APART, facts, in_words, typed_names
 from qwen_vl_kit.report_page import make_page
 from qwen_vl_kit.scores import as_text, score
 
@@ -41,7 +40,10 @@ def compare(one, other):
     ]
     limit = max(metrics["settings"].get("max_new_tokens", 128) for metrics in runs)
     scores = score(predictions, runs[0]["settings"]["seed"], limit)
-    tables = [facts(folder, metrics, rows) for folder, metrics, rows in zip((one, other), runs, found, strict=True)]
+    tables = [
+        facts(folder, metrics, rows) | typed_names(metrics)
+        for folder, metrics, rows in zip((one, other), runs, found, strict=True)
+    ]
     about = {what: [table.get(what, "") for table in tables] for what in tables[0] | tables[1]}
     matches = [as_text("formula_match", part["formula_match"]) for part in scores[:2]]
     images = f"{len(shared)} image{'s' * (len(shared) != 1)}"
@@ -90,7 +92,7 @@ def differences(runs):
     for name in settings[0] | settings[1]:
         values = [str(part.get(name, "")) for part in settings]
         if name not in OF_NO_MATTER and values[0] != values[1]:
-            found[name] = [last_part(value) if Path(value).is_absolute() else value for value in values]
+            found[name] = [*map(in_words, values)]
     return found
 
 

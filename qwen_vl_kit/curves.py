@@ -42,10 +42,8 @@ def curves(logs):
         "rate_ticks": ticks(highest[True] or 1, 2),
         "step_ticks": ticks(last, 6),
         "window": window(max((len(line["values"]) for line in found if line["what"] == "loss"), default=0)),
-        "names": [*logs],
-        "validated": {line["name"] for line in found if line["what"] == "validation"},
         "count": len(logs),
-        "ends": ends(found),
+        "runs": [about(name, [line for line in found if line["name"] == name]) for name in logs],
     }
 
 
@@ -62,17 +60,15 @@ def smoothed(values):
     return np.convolve(values, weights, "same") / np.convolve(np.ones(len(values)), weights, "same")
 
 
-def ends(lines):
-    """What the lines say in numbers: the smoothed loss at the end, and the lowest validation loss."""
-    said = []
-    for line in lines:
-        of = f"{line['name']}: " if line["name"] else ""
-        if line["what"] == "smooth":
-            said.append(f"{of}loss {line['values'][-1, 1]:.3g} at the end")
-        if line["what"] == "validation":
-            step, loss = line["values"][line["values"][:, 1].argmin()]
-            said.append(f"{of}lowest validation loss {loss:.3g}, at step {step:,.0f}")
-    return "; ".join(said)
+def about(name, lines):
+    """A run in words: the smoothed loss at its end, and the lowest validation loss."""
+    values, said = {line["what"]: line["values"] for line in lines}, []
+    if "smooth" in values:
+        said.append(f"{values['smooth'][-1, 1]:.3g} at the end")
+    if "validation" in values:
+        step, loss = values["validation"][values["validation"][:, 1].argmin()]
+        said.append(f"lowest validation loss {loss:.3g}, at step {step:,.0f}")
+    return {"name": name, "validated": "validation" in values, "said": "; ".join(said)}
 
 
 def ticks(top, most):

@@ -85,6 +85,7 @@ class Parser(TrlParser):
                 action.help = f"turn off --{action.dest}"
         self.set_defaults(**DEFAULTS)
         offered.hide(self)
+        self.unset = vars(super().parse_known_args([])[0])  # what a command line that sets nothing comes to
 
     def parse_known_args(self, *arguments, **more):
         options, unknown = super().parse_known_args(*arguments, **more)
@@ -188,6 +189,6 @@ def read_options(step, options_class, arguments):
         record.announce(checkpoint)
     if options.process_index == 0:
         run.exports = export.prepare(options, extra)
-    run.notes |= recipe.note(parser.given, parser.usual, options.world_size)
+    run.notes |= recipe.note(parser.given, parser.unset, options.world_size)
     run.notes["settings"] = {field.name: getattr(extra, field.name) for field in fields(extra)}
     return options

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from shlex import join
 
-from qwen_vl_kit.finished import last_part, parsed, shown_name
+from qwen_vl_kit.finished import NAMES, last_part, parsed, shown_name
 
 # Where a run is and how it was started is no part of it, and a token is nobody's business.
 APART = {"output_dir", "resume_from_checkpoint", "run_name", "config", "hub_token"}
@@ -84,15 +84,23 @@ def changes_in_words(changed):
 
 def changed_settings(metrics):
     """{name: [default, value]} for the page, of the settings that the table does not have anyway. None: not known."""
-    named = {"model_name_or_path", "dataset_name"}
     changes = metrics.get("changed")
     if changes is None:
         return None
-    return {
-        name: [last_part(value) if isinstance(value, str) and Path(value).is_absolute() else value for value in pair]
-        for name, pair in changes.items()
-        if name not in named
-    }
+    return {name: [*map(in_words, pair)] for name, pair in changes.items() if name not in NAMES}
+
+
+def in_words(value):
+    """The value of a setting for a page that other people may see: without the folders of this machine."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return last_part(value) if isinstance(value, str) and Path(value).is_absolute() else str(value)
+
+
+def typed_names(metrics):
+    """The names of the base model and of the data set as they were typed, but for the folders of absolute ones."""
+    model, data = (in_words(metrics["settings"][name]) for name in NAMES)
+    return {"model": model, "data": data}
 
 
 def left_out(outputs):

@@ -22,7 +22,7 @@ from qwen_vl_kit.arguments import Parser
 from qwen_vl_kit.card import make_card
 from qwen_vl_kit.curves import curves
 from qwen_vl_kit.finished import metrics_of, predictions_of
-from qwen_vl_kit.recipe import changed_settings, facts, left_out
+from qwen_vl_kit.recipe import changed_settings, facts, left_out, typed_names
 from qwen_vl_kit.report_page import TRAINED, between, make_page
 from qwen_vl_kit.scores import SCORES, as_text, change_as_text, held_out, score, warning
 from qwen_vl_kit.sentences import first_line
@@ -71,8 +71,7 @@ def write(file, text):
 
 
 def page_of_run(outputs, metrics, predictions, run):
-    """The page, as text. It stays on this machine, unlike the card: names as they were typed, but for the folders of
-    absolute ones."""
+    """The page, as text. It stays on this machine, unlike the card: names as they were typed."""
     matches = {when: as_text("formula_match", metrics[when]["formula_match"]) for when in TRAINED}
     images = f"{len(predictions)} image{'s' * (len(predictions) != 1)}"
     never = " that it never trained on" * ("run" in metrics)  # who resumes the script alone is not asked
@@ -80,8 +79,7 @@ def page_of_run(outputs, metrics, predictions, run):
     sentence += f"before, {matches['before']} did."
     if seen := metrics.get("rows_of_seen_formulas"):
         sentence += f" {seen} of the images show formulas that also appear in training images."
-    model, data = (Path(metrics["settings"][name]) for name in ("model_name_or_path", "dataset_name"))
-    names = {"model": model.name if model.is_absolute() else model, "data": data.name if data.is_absolute() else data}
+    names = typed_names(metrics)
     return make_page(
         outputs,
         predictions,

@@ -60,10 +60,10 @@ def between(name, interval):
     return " to ".join(as_text(name, end) for end in interval)
 
 
-def sentence_of(name, count):
-    """How many readings are wrong, and how narrowly."""
+def sentence_of(whose, count):
+    """How many readings are wrong, and how narrowly; `whose` says which, in words."""
     rows, wrong, near = count["rows"], count["wrong"], count["near"]
-    said = f"{wrong} of {rows} readings {name} {'is' if wrong == 1 else 'are'} wrong"
+    said = f"{wrong} of {rows} readings {whose} {'is' if wrong == 1 else 'are'} wrong"
     return f"{said}, {near} of them by one token: another, a missing or a needless one." if wrong else f"{said}."
 
 

@@ -1,6 +1,7 @@
 """Each of TRL's options does what it says, or is refused in one sentence before anything is loaded."""
 
 import json
+import shlex
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from conftest import execute, run, run_changed
 from safetensors.torch import load_file
 from trl import SFTConfig
 
+from qwen_vl_kit import recipe
 from qwen_vl_kit.offered import NEEDS, REFUSED, UNSEEN, WORKS, check, check_possible
 from qwen_vl_kit.options import ExtraOptions, Parser, parse
 
@@ -35,6 +37,41 @@ class Told(Exception):
 
 def tell(sentence):
     raise Told(sentence)
+
+
+def test_the_command_of_the_report_sets_what_a_config_file_and_a_command_line_set(options_class, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        'instruction: "What\'s $x$?"\nlr_scheduler_type: cosine_with_restarts\nlr_scheduler_kwargs: {num_cycles: 2}\n'
+        "save_merged: true\nwarmup_steps: 0\nreport_to: [tensorboard]\nsave_strategy: no\n"
+    )
+    words = [
+        "--config",
+        str(config),
+        "--max_steps",
+        "7",
+        "--hub_token",
+        "hf_secret",
+        "--dataloader_pin_memory",
+        "false",
+    ]
+    words += ["--output_dir", str(tmp_path)]
+    options, extra, parser = parse(options_class, words)
+    noted = recipe.note(parser.given, parser.unset, 1)
+    program, script, *again = shlex.split(noted["command"])
+    assert (program, script) == ("python", "finetune_qwen_vl.py")
+    assert not {"--hub_token", "--config", "--output_dir"} & {*again} and "hf_secret" not in json.dumps(noted)
+    assert noted["changed"]["max_steps"] == [30, 7]
+    same, same_extra, _ = parse(options_class, [*again, "--output_dir", str(tmp_path)])
+    assert same.to_sanitized_dict() == options.to_sanitized_dict() and same_extra == extra
+
+
+def test_the_command_of_the_report_starts_as_many_processes(options_class, monkeypatch):
+    *_, parser = parse(options_class, [])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    command = "torchrun --nproc_per_node 2 finetune_qwen_vl.py"
+    assert recipe.note(parser.given, parser.unset, 2) == {"changed": {}, "command": command}
+    assert recipe.note(parser.given, parser.unset, 4) == {"changed": {}}, "of two machines it would not be enough"
 
 
 def test_help_lists_what_is_offered(options_class):

@@ -1,5 +1,6 @@
 """The report as people see it: in a real browser, from disk, without a network, with readings that mean harm."""
 
+import io
 import json
 import os
 import shutil
@@ -8,8 +9,10 @@ import sys
 
 import pytest
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageChops
 from rapidfuzz.distance import Levenshtein
+
+from qwen_vl_kit import curves, mistakes
 
 browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(browser is None, reason="no Chromium here (Debian: apt-get install chromium)")
@@ -28,12 +31,16 @@ HARM = [
     r"\hspace{99999em} x \rule{9999em}{9999em}",
     "x" * 3000,
 ]
-# Truth, before and after: one fixed, one broken, one right both times, one still wrong for each attempt at harm.
+HIGH = r"f ^ { i } \sum _ { i _ { j _ { k } } } ^ { n ^ { m ^ { l } } } f f"  # drawn beyond its box, above and below
+# Truth, before and after: one fixed, one broken, one right both times, one nearly right, and one still wrong for each
+# attempt at harm.
 ROWS = [
     (r"\hat { M } _ { x } ^ { n ^ { 2 } }", "x", r"\hat M_x^{n^2}"),
     ("a + b", "a + b", "a - b"),
     (r"\frac { 1 } { 2 }", r"\frac12", r"\frac { 1 } { 2 }"),
+    (HIGH, "x", HIGH.replace("l", "k")),
 ]
+KINDS = {"fixed": [0], "broken by training": [1], "kept right": [2], "nearly right": [3]}
 ROWS += [(r"\sum _ { i } x _ { i }", text, text) for text in HARM]
 
 
@@ -57,8 +64,13 @@ def outputs(tmp_path_factory):
     train = {"train_runtime": 12.5, "train_samples_per_second": 8.0, "samples": 100, "log": log, "peak_memory_gb": 9.3}
     metrics = {"train": train, "settings": settings, "hardware": "a GPU", "versions": {"torch": "2.10.0"}}
     metrics |= {"rows_of_seen_formulas": 5, "test_split": "train"}
+    metrics |= {"run": {"resumed": []}, "changed": {"lora_r": [8, 16], "instruction": ["Read.", "Write <b>LaTeX</b>."]}}
+    metrics |= {"command": "python finetune_qwen_vl.py --lora_r 16 --model_name_or_path /home/somebody/secret/model"}
     metrics |= {"local": {"model_name_or_path": settings["model_name_or_path"]}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
+    skipped = [{"row": row, "split": "train", "reason": "image of <i>one</i> color"} for row in range(12, 0, -1)]
+    skipped.append({"row": 7, "split": "test", "reason": "no text"})
+    (folder / "skipped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in skipped))
     with open(folder / "predictions.jsonl", "w") as file:
         for row, (truth, before, after) in enumerate(ROWS):
             Image.new("RGB", (200 + 300 * row, 40), "white").save(folder / "held_out" / f"{row}.png")
@@ -113,7 +125,7 @@ def test_model_card(outputs):
     assert data.datasets == "unsloth/LaTeX_OCR" and data.library_name == "peft"
     results = {result.metric_type: result.metric_value for result in data.eval_results}
     assert results == json.loads((outputs / "metrics.json").read_text())["after"]
-    for name in ("report.html", "adapter/README.md"):
+    for name in ("report.html", "adapter/README.md"):  # what is folded up has all
         assert "somebody" not in (outputs / name).read_text().split("All settings")[0], (
             f"a path of the user's in {name}"
         )
@@ -224,7 +236,8 @@ def visible(page):
 @pytest.mark.parametrize("page", [(1280, "light"), (390, "dark")], indirect=True)
 def test_in_a_browser(page):
     assert page.evaluate("window.harmed") is None
-    assert page.locator("h1").count() == 1 and page.locator("script, iframe, object, link, a").count() == 0
+    assert page.locator("h1").count() == 1 and page.locator("script, iframe, object, link, base").count() == 0
+    assert page.locator("a").count() == page.locator("a[href^='#row']").count() > 0
     assert page.locator("article [style], article [class=pick], math [href]").count() == 0
     assert page.locator("text=1337").count() == 0
     # Everything is laid out, nothing is wider than the page.
@@ -235,18 +248,19 @@ def test_in_a_browser(page):
     inside = "a => a.scrollWidth <= a.clientWidth + 1"
     assert page.evaluate(f"[...document.querySelectorAll('article')].every({inside})")
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-    # Nothing is cut off above a formula, where no scrolling gets to it.
-    small = "[...document.querySelectorAll('.formula')].filter(formula => formula.clientHeight < 300)"
-    assert page.evaluate(f"{small}.every(formula => formula.scrollHeight <= formula.clientHeight)")
+    for plot in page.locator(".plot svg").all():
+        assert plot.bounding_box()["width"] > 0.8 * page.locator("h1").bounding_box()["width"], "the whole width"
     marks = page.locator("article", has_text="row 1").first.locator("mark").all_inner_texts()
     assert marks
     # The filter.
     assert len(visible(page)) == len(ROWS)
-    for label, rows in (("fixed", [0]), ("broken by training", [1]), ("kept right", [2])):
+    for label, rows in KINDS.items():
         page.get_by_text(label, exact=False).locator("visible=true").first.click()
         assert visible(page) == rows, label
     page.get_by_text("still wrong 12", exact=True).click()
     assert len(visible(page)) == len(HARM)
+    page.locator("table a", has_text="row 3").first.click()
+    assert 3 in visible(page), "an example that the filter hides is shown all the same"
     page.locator("label[for=all]").click()
 
     def top():
@@ -260,3 +274,127 @@ def test_in_a_browser(page):
     assert "median" in top()
     colours = page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
     assert colours[0] != colours[1]
+
+
+@needs_browser
+@pytest.mark.parametrize("page", [(1280, "light"), (390, "light")], indirect=True)
+def test_nothing_of_a_formula_is_cut_off(page):
+    """Chromium draws high superscripts above the formula's box, where no scrolling gets to them."""
+
+    def drawn(formula):
+        box = formula.bounding_box()
+        clip = {"x": box["x"], "y": box["y"] - 30, "width": box["width"], "height": box["height"] + 60}
+        return Image.open(io.BytesIO(page.screenshot(clip=clip, full_page=True))).convert("L")
+
+    page.add_style_tag(
+        content="article, article * { background: none !important; border-color: transparent !important }"
+    )
+    formulas = page.locator("#row0 .formula, #row3 .formula").all()
+    clipped = [drawn(formula) for formula in formulas]
+    page.add_style_tag(content=".formula, article { overflow: visible !important }")
+    whole = [drawn(formula) for formula in formulas]
+    assert len(whole) == 6 and all(picture.getextrema()[0] < 100 for picture in whole)
+    assert not [
+        place for place, pair in enumerate(zip(clipped, whole, strict=True)) if ImageChops.difference(*pair).getbbox()
+    ]
+
+
+def test_the_page_says_how_the_run_was_made(outputs):
+    text = (outputs / "report.html").read_text()
+    shown, folded = text.split("All settings")
+    assert "row 1, 2, 3" not in shown and "image of &lt;i&gt;one&lt;/i&gt; color" in shown
+    assert "(rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...)" in shown and "(row 7)" in shown
+    assert "in place of 8" in shown and '<td class="dim">resumed</td><td>no</td>' in shown
+    assert "python finetune_qwen_vl.py --lora_r 16" in folded and "lowest validation loss 0.3, at step 20" in shown
+
+
+def test_mistakes():
+    def row(number, truth, text, match=False):
+        return {
+            "row": number,
+            "truth": truth,
+            "after": {"text": text, "formula_match": match, "errors": 1, "length": 10},
+        }
+
+    rows = [
+        row(1, r"\alpha + b + c", r"a + b + c"),
+        row(2, r"\alpha b c d", r"a b c d"),
+        row(3, r"\frac { a } { b } + c", r"\frac { a } { b } + c +"),
+        row(4, r"x ^ { y _ { i } } = 1", r"q q q q q q q q q q q q q"),
+        row(5, r"x y", r"x  y", match=True),
+        row(6, r"\begin{array} { c } a \end{array}", r"\begin{array} { c } a"),
+        row(7, r"\sqrt { a b c d e }", r"\sqrt { a } b c d e"),
+    ]
+    found = mistakes.summary(rows, {"after": "a model"})
+    assert found["counts"] == {"a model": {"rows": 7, "wrong": 6, "near": 4}}
+    first, *others = [
+        (symbol["truth"], symbol["read"], symbol["counts"], symbol["rows"]) for symbol in found["symbols"]
+    ]
+    assert first == (r"\alpha", "a", [2], [1, 2])
+    assert sorted(others, key=str) == [(r"\end{array}", None, [1], [6]), (None, "+", [1], [3])]
+    structures = {line["label"]: line["rows"] for line in found["structures"]}
+    assert structures == {
+        "fractions": 1, "roots": 1, "scripts": 1, "scripts of scripts": 1, "arrays": 1, "none of these": 3
+    }  # fmt: skip
+    assert sum(line["rows"] for line in found["lengths"]) == len(rows)
+    assert found["lengths"][0]["label"].startswith("2") and found["lengths"][-1]["label"].endswith("11 tokens")
+
+
+def test_curves():
+    log = [{"step": step, "loss": 1 + (-1) ** step, "learning_rate": 1e-3} for step in range(1, 441)]
+    log += [{"step": 100, "loss": float("nan")}, {"step": 220, "eval_loss": 0.5}, {"step": 440, "eval_loss": 4.0}]
+    drawn = curves.curves({"": log})
+    lines = {line["what"]: line["points"] for line in drawn["losses"] + drawn["rates"]}
+    assert [len(points) for points in lines.values()] == [440, 440, 2, 440]
+    assert {y for _, y in lines["loss"]} == {50, 100}
+    assert all(abs(y - 75) < 1 for _, y in lines["smooth"][20:-20]), "the noise is gone"
+    assert lines["validation"] == [[500, 87.5], [1000, 0]]
+    assert "lowest validation loss 0.5, at step 220" in drawn["runs"][0]["said"] and drawn["step_ticks"][-1][1] == "400"
+    assert curves.smoothed(curves.np.arange(1000.0))[500] == pytest.approx(500), "it does not lag behind"
+    for few in ([], [{"step": 1, "loss": 0.5}], [{"step": 1, "loss": float("inf"), "learning_rate": 0.0}]):
+        assert curves.curves({"": few})["step_ticks"]
+
+
+def changed(folder, rows, after):
+    """The run in a folder as another one: of these rows, renumbered, with another reading of the first."""
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    lines = [lines[row] | {"row": 100 + row} for row in rows]
+    lines[0]["after"] = reading(lines[0]["truth"], after)
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["settings"]["learning_rate"] = 5e-4
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+def test_two_runs_compared(outputs, tmp_path):
+    one, other = (shutil.copytree(outputs, tmp_path / name) for name in ("one", "other"))
+    before = {file: file.read_bytes() for file in [*one.rglob("*.*"), *other.rglob("metrics.json")]}
+    changed(other, range(1, len(ROWS)), "a + b")
+    ended = kit("report", "one", "other", cwd=tmp_path)
+    assert ended.returncode == 0 and not ended.stderr, ended.stderr[-3000:]
+    title, *lines = ended.stdout.strip().splitlines()
+    assert title.split()[-6:-4] == ["one", "other"] and f"{len(ROWS) - 1} held-out images" in title
+    (match,) = (line.split() for line in lines if line.startswith("formula match"))
+    assert match[2:4] == ["6.7%", "13.3%"] and lines[-1] == "Comparison: other/report_against_one.html"
+    assert {file: file.read_bytes() for file in before if file.parent != other} == {
+        file: content for file, content in before.items() if file.parent != other
+    }
+    page = (other / "report_against_one.html").read_text()
+    assert "one held out 1 others, other held out 0 others" in page and "before training" not in page
+    assert "only other 1<" in page and "only one 0<" in page and "both wrong 13<" in page and "both right 1<" in page
+    assert "<td><code>0.001</code></td><td><code>0.0005</code></td>" in page
+
+
+def test_what_can_not_be_compared(outputs, tmp_path):
+    one, other = (shutil.copytree(outputs, tmp_path / name) for name in ("one", "other"))
+    changed(other, [0], "x")
+    Image.new("RGB", (200, 40), "black").save(other / "held_out/0.png")
+    for second, words in (
+        (other, "held out no row in common"),
+        (one, "are the same run"),
+        (tmp_path / "no", "no folder"),
+    ):
+        ended = kit("report", one, second)
+        assert ended.returncode == 1 and words in ended.stderr and ended.stderr.count("\n") == 1, ended.stderr
+    assert not [*tmp_path.rglob("report_against*")]
