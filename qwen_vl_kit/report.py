@@ -122,6 +122,8 @@ def show_in_notebook(page, file):
     if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
         from IPython.display import display
 
+        # Without a base of its own, a link to a row would put the notebook into the frame.
+        page = page.replace("<head>", '<head><base href="about:srcdoc">', 1)
         frame = f'<iframe srcdoc="{html.escape(page)}" style="width: 100%; height: 48rem; border: 0"></iframe>'
         # Not as HTML(frame): that warns of frames, and what it advises, IFrame, would need the file to be served.
         display({"text/html": frame, "text/plain": str(file)}, raw=True)

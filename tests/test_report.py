@@ -196,14 +196,26 @@ from qwen_vl_kit import report
 with capture_output() as captured:
     report.make(sys.argv[1])
 (shown,) = captured.outputs
-print(shown.data["text/html"][:16])
+print(shown.data["text/html"])
 """
 
 
-def test_a_notebook_shows_the_page_without_a_warning(outputs):
+@needs_browser
+def test_a_notebook_shows_the_page_without_a_warning(outputs, tmp_path):
     ended = subprocess.run([sys.executable, "-c", SHOW, outputs], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0 and not ended.stderr, ended.stderr[-3000:]
-    assert ended.stdout == '<iframe srcdoc="\n'
+    frame = ended.stdout[ended.stdout.index("<iframe srcdoc=") :]
+    (tmp_path / "cell.html").write_text(f"<!doctype html><meta charset='utf-8'><h1>A notebook</h1>{frame}")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = chromium.new_page()
+        page.goto((tmp_path / "cell.html").as_uri())
+        inside = page.frame_locator("iframe")
+        inside.locator("table a", has_text="row 3").first.click()
+        assert inside.locator("article:target").get_attribute("id") == "row3"
+        chromium.close()
 
 
 @pytest.fixture
