@@ -89,7 +89,7 @@ def by_length(predictions, of_rows):
     lengths = np.array([len(row) for row in of_rows])
     groups, low = [], int(lengths.min())
     for high in np.unique(np.quantile(lengths, (0.2, 0.4, 0.6, 0.8, 1), method="inverted_cdf")).tolist():
-        label = f"{low} to {high} tokens" if low < high else f"{low} token{'s' * (low != 1)}"
+        label = f"{low} to {high}" if low < high else f"{low}"
         groups.append((label, [predictions[place] for place in np.flatnonzero((lengths >= low) & (lengths <= high))]))
         low = high + 1
     return groups

@@ -20,7 +20,6 @@ from rapidfuzz.distance import Levenshtein
 from qwen_vl_kit import mistakes
 from qwen_vl_kit.scores import SCORES, as_text, change_as_text, held_out, mathml, verdict, warning
 
-EXAMPLES = 3  # rows to click to, of each confusion
 SHOWN = 240  # rows on the page: with more, it takes a browser seconds to open
 NEAR, NEARLY_RIGHT = "near", "nearly right"  # one token off: among the wrong ones a kind of its own
 TRAINED = {"before": "before", "after": "after"}  # what a run names its readings
@@ -39,10 +38,11 @@ def make_page(outputs, predictions, names, scores, run, **of_a_run):
     report of a run shows is `of_a_run`: its title, a sentence, curve, settings and so on, see the template.
     """
     *scores, spread = scores
-    items = gallery(outputs, predictions, names)
+    wrong = what_goes_wrong(predictions, names)
+    items = gallery(outputs, predictions, names, {symbol["rows"][0] for symbol in wrong["symbols"]})
     filled = {"names": names, "spread": spread, "run": run, "rows": len(predictions), "gallery": items}
     filled |= dict(zip(names, scores, strict=True)) | {"title": " and ".join(names.values())}
-    filled["mistakes"] = what_goes_wrong(predictions, names, items)
+    filled |= {"mistakes": wrong, "on_page": {item["row"] for item in items}}
     filled["kinds"] = {kind: sum(item["kind"] == kind for item in items) for kind in kinds_of(names).values()}
     page = Environment(autoescape=True).from_string(template("report.html.j2"))
     return page.render(helpers(len(predictions)) | filled | of_a_run)
@@ -86,25 +86,29 @@ def kind_of(prediction, names):
     return kinds[right]
 
 
-def gallery(outputs, predictions, names):
-    """What the page shows of each row: the worst, the median and the best ones if there are more than `SHOWN`."""
+def gallery(outputs, predictions, names, examples):
+    """What the page shows of each row: the worst, the median and the best ones if there are more than `SHOWN`, and
+    those whose numbers are `examples`."""
     ranking = sorted(predictions, key=lambda prediction: (-prediction["after"]["cer"], prediction["row"]))
-    middle = len(ranking) // 2
-    if len(ranking) > SHOWN:
-        third = SHOWN // 3
-        ranking = ranking[:third] + ranking[middle - third // 2 :][:third] + ranking[-third:]
-        middle = third + third // 2
-    places = {0: "worst", middle: "median", len(ranking) - 1: "best"}
+    last, middle, third = len(ranking) - 1, len(ranking) // 2, SHOWN // 3
+    places = {0: "worst", middle: "median", last: "best"}
+    start = middle - third // 2
+    few = {*range(third), *range(start, start + third), *range(last + 1 - third, last + 1)}
+    shown = [
+        (rank, prediction)
+        for rank, prediction in enumerate(ranking)
+        if len(ranking) <= SHOWN or rank in few or prediction["row"] in examples
+    ]
     return [
         {
             "row": prediction["row"],
             "kind": kind_of(prediction, names),
             "place": places.get(rank, ""),
-            "order": (rank, abs(rank - middle), len(ranking) - rank),
+            "order": (rank, abs(rank - middle), last - rank),
             "image": picture(Path(outputs) / prediction["image"]),
             "readings": readings(prediction, names),
         }
-        for rank, prediction in enumerate(ranking)
+        for rank, prediction in shown
     ]
 
 
@@ -119,13 +123,11 @@ def readings(prediction, names):
     return shown
 
 
-def what_goes_wrong(predictions, names, items):
+def what_goes_wrong(predictions, names):
     """What `mistakes` counts, as the page shows it: of a run after training, of others of each reading."""
     found = mistakes.summary(predictions, {"after": "after training"} if names == TRAINED else names)
-    on_page = {item["row"] for item in items}
     for symbol in found["symbols"]:
         symbol |= {when: {"text": symbol[when], "formula": symbol_drawing(symbol[when])} for when in ("truth", "read")}
-        symbol["rows"] = [row for row in symbol["rows"] if row in on_page][:EXAMPLES]
     return found | {"of": [*found["counts"]]}
 
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 from PIL import Image, ImageChops
 from rapidfuzz.distance import Levenshtein
 
-from qwen_vl_kit import curves, mistakes
+from qwen_vl_kit import curves, mistakes, report, report_page
 
 browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(browser is None, reason="no Chromium here (Debian: apt-get install chromium)")
@@ -349,7 +349,15 @@ def test_mistakes():
         "fractions": 1, "roots": 1, "scripts": 1, "scripts of scripts": 1, "arrays": 1, "none of these": 3
     }  # fmt: skip
     assert sum(line["rows"] for line in found["lengths"]) == len(rows)
-    assert found["lengths"][0]["label"].startswith("2") and found["lengths"][-1]["label"].endswith("11 tokens")
+    assert found["lengths"][0]["label"].startswith("2") and found["lengths"][-1]["label"].endswith("11")
+
+
+def test_examples_are_on_the_page_however_many_rows_there_are(outputs, monkeypatch):
+    monkeypatch.setattr(report_page, "SHOWN", 6)
+    metrics, predictions, run = report.of_run(outputs)
+    page = report.page_of_run(outputs, metrics, predictions, run)
+    assert page.count("<article ") == 7 and f"7 of {len(ROWS)} images" in page
+    assert 'href="#row3"' in page and 'id="row3"' in page and "row 3</span>" in page
 
 
 def test_curves():
