@@ -32,15 +32,16 @@ HARM = [
     "x" * 3000,
 ]
 HIGH = r"f ^ { i } \sum _ { i _ { j _ { k } } } ^ { n ^ { m ^ { l } } } f f"  # drawn beyond its box, above and below
-# Truth, before and after: one fixed, one broken, one right both times, one nearly right, and one still wrong for each
+# Truth, before and after: one fixed, one broken, one right both times, two nearly right, and one still wrong for each
 # attempt at harm.
 ROWS = [
     (r"\hat { M } _ { x } ^ { n ^ { 2 } }", "x", r"\hat M_x^{n^2}"),
     ("a + b", "a + b", "a - b"),
     (r"\frac { 1 } { 2 }", r"\frac12", r"\frac { 1 } { 2 }"),
     (HIGH, "x", HIGH.replace("l", "k")),
+    ("a + b + c + d", "x", r"a + b + c + \begin{<img src=x onerror='window.harmed = 1'>}"),
 ]
-KINDS = {"fixed": [0], "broken by training": [1], "kept right": [2], "nearly right": [3]}
+KINDS = {"fixed": [0], "broken by training": [1], "kept right": [2], "nearly right": [4, 3]}
 ROWS += [(r"\sum _ { i } x _ { i }", text, text) for text in HARM]
 
 
@@ -252,6 +253,7 @@ def test_in_a_browser(page):
     assert page.locator("a").count() == page.locator("a[href^='#row']").count() > 0
     assert page.locator("article [style], article [class=pick], math [href]").count() == 0
     assert page.locator("text=1337").count() == 0
+    assert page.locator(".symbols tr", has_text="onerror").count() == 1, "a token that means harm is shown as it is"
     # Everything is laid out, nothing is wider than the page.
     assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
     boxes = "[...document.querySelectorAll('math')].map(math => math.getBoundingClientRect())"
@@ -396,13 +398,18 @@ def test_two_runs_compared(outputs, tmp_path):
     title, *lines = ended.stdout.strip().splitlines()
     assert title.split()[-6:-4] == ["one", "other"] and f"{len(ROWS) - 1} held-out images" in title
     (match,) = (line.split() for line in lines if line.startswith("formula match"))
-    assert match[2:4] == ["6.7%", "13.3%"] and lines[-1] == "Comparison: other/report_against_one.html"
+    assert match[2:4] == ["6.2%", "12.5%"] and lines[-1] == "Comparison: other/report_against_one.html"
     assert {file: file.read_bytes() for file in before if file.parent != other} == {
         file: content for file, content in before.items() if file.parent != other
     }
     page = (other / "report_against_one.html").read_text()
     assert "one held out 1 others, other held out 0 others" in page and "before training" not in page
-    assert "only other 1<" in page and "only one 0<" in page and "both wrong 13<" in page and "both right 1<" in page
+    assert (
+        "only other 1<" in page
+        and "only one 0<" in page
+        and f"both wrong {len(HARM) + 2}<" in page
+        and "both right 1<" in page
+    )
     assert "<td><code>0.001</code></td><td><code>0.0005</code></td>" in page
 
 
