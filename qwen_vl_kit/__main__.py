@@ -10,6 +10,7 @@ from pathlib import Path
 
 COMMANDS = {
     "read": "read images of formulas, from files, folders, PDF pages or the clipboard",
+    "page": "open a page in the browser that reads images of formulas",
     "score": "score a model on held-out rows, or two models side by side",
     "report": "make the page, the scores and the model card of a run, or compare two runs",
     "export": "merge the adapter into its base model, convert it to GGUF, push it to the hub",
