@@ -260,7 +260,7 @@ def test_in_a_browser(width, scheme, chromium, tmp_path):
         certainty = visitor.inner_text("#certainty")
         mean = math.floor(100 * 0.4 ** (1 / 6))
         assert certainty == (
-            f"The model was {mean}% sure of each token on average, least of 101 (40%). Marked: less than 50% sure."
+            f"The model was {mean}% sure of each token on average, least of 101 (40%). Marked: less than 70% sure."
         )
         assert visitor.locator("#image").evaluate("image => image.naturalWidth") == 60
         # KaTeX's own style is there: the copy for screen readers is out of sight, and letters are KaTeX's.

@@ -6,6 +6,8 @@ const [drop, file, image, formula, undrawn, marks, latex, copy, stop, said, cert
   "drop", "file", "image", "formula", "undrawn", "marks", "latex", "copy", "stop", "said", "certainty",
 ].map((id) => document.getElementById(id));
 
+const nothing = formula.firstElementChild; // what is there before a formula
+
 let pieces = []; // of the reading, [text, how sure the model was], as they came
 let doubts = []; // what is marked, [from, to] in the text
 let written = ""; // the text before an edit
@@ -44,8 +46,9 @@ async function read(blob) {
   [latex.readOnly, stop.hidden] = [true, false];
   say("Sending …");
   try {
-    const body = JSON.stringify({ data: [await base64(blob)], fn_index: 0, session_hash: session, simple_format: true });
-    const answer = await fetch(join, { method: "POST", headers: { "Content-Type": "application/json" }, body });
+    const asked = { data: [await base64(blob)], fn_index: 0, session_hash: session, simple_format: true };
+    const headers = { "Content-Type": "application/json" };
+    const answer = await fetch(join, { method: "POST", headers, body: JSON.stringify(asked) });
     if (left) {
       listen(session).onopen = ({ target }) => target.close(); // so that it is not read
       return;
@@ -62,8 +65,8 @@ async function read(blob) {
     if (message.msg === "estimation") say(message.rank ? `Waiting: ${message.rank} before you.` : "You are next.");
     else if (message.msg === "process_starts") say("Reading …");
     else if (message.msg === "process_generating" && message.success) take(message.output.data[0], end);
-    else if (message.msg === "process_completed" && !message.success) fail("That failed; the server's terminal says why.");
-    else if (["close_stream", "process_completed"].includes(message.msg)) end();
+    else if (message.msg === "process_completed" && message.success) end();
+    else if (message.msg === "process_completed") fail("That failed; the server's terminal says why.");
   };
 }
 
@@ -119,9 +122,9 @@ function show(address) {
 
 function tell(mean) {
   const percent = (share) => `${Math.floor(share * 100)}%`;
-  const [least, lowest] = pieces.reduce((a, b) => (b[1] < a[1] ? b : a), ["", 1]);
+  const [least, lowest] = pieces.filter(([text]) => text.trim()).reduce((a, b) => (b[1] < a[1] ? b : a), ["", 1]);
   certainty.textContent = `The model was ${percent(mean)} sure of each token on average`;
-  if (least.trim()) {
+  if (least) {
     const token = document.createElement("code");
     token.textContent = least.trim();
     certainty.append(", least of ", token, ` (${percent(lowest)})`);
@@ -184,16 +187,25 @@ function draw() {
   const how = { displayMode: true, strict: "ignore", maxSize: 20, maxExpand: 200 };
   try {
     katex.render(latex.readOnly ? closed(text) : text, drawing, how);
-    if (text) formula.replaceChildren(drawing);
-    else formula.innerHTML = '<span class="dim">The formula</span>';
+    formula.replaceChildren(text ? drawing : nothing);
     formula.classList.remove("old");
     undrawn.hidden = true;
+    fit();
   } catch (error) {
     if (latex.readOnly) return; // what was drawn before stays until more is there
     formula.classList.add("old");
-    undrawn.textContent = `This can't be drawn: ${error.message.replace(/^KaTeX parse error: /, "").replace(/\u0332/g, "")}`;
+    const reason = error.message.replace(/^KaTeX parse error: /, "").replace(/\u0332/g, ""); // it underlines by those
+    undrawn.textContent = `This can't be drawn: ${reason}`;
     undrawn.hidden = false;
   }
+}
+
+// A long formula is drawn smaller, down to where it is scrolled.
+function fit() {
+  const drawing = formula.firstElementChild;
+  drawing.style.fontSize = "";
+  const share = drawing.clientWidth / drawing.scrollWidth;
+  if (share < 1) drawing.style.fontSize = `${Math.max(share, 0.6)}em`;
 }
 
 let due;
@@ -209,6 +221,8 @@ function update(delay = 0) {
 // What people do
 // ---------------------------------------------------------------------------------------------------------------------
 
+document.fonts.addEventListener("loadingdone", fit);
+addEventListener("resize", fit);
 latex.addEventListener("input", () => {
   edit();
   update(150);
