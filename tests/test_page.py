@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
@@ -392,6 +393,20 @@ def test_who_leaves_frees_their_place(chromium, tmp_path):
 
 
 @needs_browser
+def test_a_full_queue_is_a_sentence(chromium, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "WAITING", 1)
+    reads = Fake(tmp_path, pause=0.2)
+    with served(reads) as address, ThreadPoolExecutor(2) as crowd, visit(chromium, address, errors=["503"]) as late:
+        texts = [crowd.submit(ask, address, 1)]
+        until(late, lambda: reads.begun == [1])
+        texts.append(crowd.submit(ask, address, 2))
+        late.wait_for_timeout(300)
+        choose(late, png(3))
+        late.get_by_text("Too many images are waiting. Try again in a while.").wait_for()
+        assert [text.result() for text in texts] == ["x _ { 1 }", "x _ { 2 }"] and reads.begun == [1, 2]
+
+
+@needs_browser
 def test_with_a_password(chromium, tmp_path):
     account = {"username": "anybody", "password": "secret"}
     with (
@@ -430,6 +445,12 @@ def test_reads_as_the_reader_does(reads):
     assert "".join(piece["text"] for piece in pieces) == told.text and told.text
     assert math.log(end["certainty"]) == pytest.approx(told.certainty, abs=1e-3)
     assert end["cut"] == told.cut
+    # Who leaves after the first token: the model writes no further.
+    threads = threading.active_count()
+    left = page.news(reads, content)
+    assert [*next(left), *next(left)] == ["picture", "text", "probability"] and threading.active_count() == threads + 1
+    left.close()
+    assert threading.active_count() == threads
 
 
 @needs_browser

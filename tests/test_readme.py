@@ -74,12 +74,15 @@ def test_requirements_are_what_the_install_cell_and_pip_install():
     cell = SCRIPT.read_text().split("# ## Settings")[0]
     pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text(), re.M))
     in_cell = dict(re.findall(r" ([\w-]+)==([\w.]+)", cell))
-    in_project = dict(re.findall(r'"([\w-]+)==([\w.]+)"', (ROOT / "pyproject.toml").read_text()))
+    needs, extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")
+    in_project = dict(re.findall(r'"([\w-]+)==([\w.]+)"', needs))
     only_to_read = {"pypdfium2", "pyperclip"}
     from_colab = {"torch", "torchvision", "pillow", "xformers"}
     assert set(pinned) - set(in_cell) == from_colab | only_to_read, "Colab brings or fits those, or needs them not"
     assert set(pinned) - set(in_project) == {"torch", "torchvision", "xformers"}, "these fit one another"
     assert in_cell.items() <= pinned.items() and in_project.items() <= pinned.items()
+    tested = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "requirements-dev.txt").read_text(), re.M))
+    assert dict(re.findall(r'"([\w-]+)==([\w.]+)"', extras)).items() <= tested.items()
 
 
 def test_ci_runs_the_readme_s_test_line():
