@@ -26,8 +26,6 @@ from test_report import HARM, browser, needs_browser
 
 from qwen_vl_kit import page
 
-pytest.importorskip("gradio")
-
 
 def png(shade=0, size=(60, 30), **how):
     content = io.BytesIO()
