@@ -95,7 +95,7 @@ def visit(chromium, address, width=1400, scheme="light", errors=(), **how):
     context.on("weberror", lambda error: said.append(str(error.error)))
     visitor = context.new_page()
     visitor.goto(address)
-    visitor.locator("#program").wait_for(state="attached")
+    visitor.locator("#file:enabled").wait_for(state="attached")  # its program has started
     yield visitor
     assert [line for line in said if not any(error in line for error in errors)] == []
     context.close()
@@ -384,6 +384,7 @@ def test_who_leaves_frees_their_place(chromium, tmp_path):
             stays.get_by_text("You are next.").wait_for()
             assert reads.begun == [1] and reads.ended == []
         until(stays, lambda: reads.begun == [1, 3] and reads.ended == [1])
+        until(stays, lambda: stays.input_value("#latex").startswith("x x"))
         stays.locator("#stop").click()
         until(stays, lambda: reads.ended == [1, 3])
         assert stays.inner_text("#said") == "Stopped." and stays.input_value("#latex").startswith("x x")

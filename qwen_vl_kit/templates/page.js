@@ -271,3 +271,5 @@ function copyByHand(text) {
   document.execCommand("copy");
   field.remove();
 }
+
+file.disabled = false; // all is in place
