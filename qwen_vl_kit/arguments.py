@@ -39,13 +39,14 @@ def add_flag(parser, name, what, default=False):
     parser.add_argument(name, type=true_or_false, default=default, help=what, **FLAG)
 
 
-def add_model(parser, limit=512):
-    """The arguments that say which model reads, and how (see `reader.load`)."""
+def add_model(parser, limit=512, batches=True):
+    """The arguments that say which model reads, and how (see `reader.load`); with `batches`, how many images at once."""
     what = "the --output_dir of a run, the folder of an adapter or a model, or a name on the hub"
     parser.add_argument("model", metavar="MODEL", help=what)
     parser.add_argument("--instruction", help="what the model is asked (default: what it was trained with)")
     tokens = f"token limit of a reading (default: {limit or 'as in training, and no true formula is cut'})"
     parser.add_argument("--max_new_tokens", type=positive, default=limit, metavar="N", help=tokens)
-    batch = "images to read at once (default: 64 on a GPU, 16 without; halved where the memory does not hold them)"
-    parser.add_argument("--batch_size", type=positive, metavar="N", help=batch)
+    if batches:
+        batch = "images to read at once (default: 64 on a GPU, 16 without; halved where the memory does not hold them)"
+        parser.add_argument("--batch_size", type=positive, metavar="N", help=batch)
     add_flag(parser, "--load_in_4bit", "weights in 4 bits (default: as in training, else as they are stored)", None)

@@ -40,7 +40,7 @@ OURS = {"/": "text/html", "/page.css": "text/css", "/page.js": "text/javascript"
 
 def parse(arguments, prog):
     parser = Parser(prog, "Opens a page that reads images of formulas.", usage="%(prog)s MODEL [--OPTION VALUE ...]")
-    add_model(parser)
+    add_model(parser, batches=False)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine)")
     parser.add_argument("--port", type=port, default=7860, help="port to listen at, 0 for any (default: %(default)s)")
     parser.add_argument("--password", help="what the page asks for, with any user name; needed with --host")
@@ -149,11 +149,11 @@ def news(reads, content):
     try:
         picture = opened(content)
         yield {"picture": shown(picture)}
-        logs = []
+        logs, piece = [], None
         for piece in reads.stream(picture):
             logs.append(math.log(max(piece.probability, 1e-30)))
-            yield piece._asdict()
-        yield {"cut": len(logs) >= reads.limit, "certainty": math.exp(sum(logs) / max(len(logs), 1))}
+            yield {"text": piece.text, "probability": piece.probability}
+        yield {"cut": not (piece and piece.ends), "certainty": math.exp(sum(logs) / max(len(logs), 1))}
     except Unusable as reason:
         yield {"error": f"This can't be read: {reason}."}
     except (MemoryError, RuntimeError) as error:

@@ -37,6 +37,7 @@ class Piece(NamedTuple):
 
     text: str  # what it adds to the text; empty where a letter takes several tokens, and of the token that ends it
     probability: float
+    ends: bool  # whether it ends the reading
 
 
 class Probabilities(LogitsProcessor):
@@ -174,7 +175,7 @@ class Reader:
                 whole = self.processor.decode(tokens, skip_special_tokens=True)
                 if whole.endswith("\N{REPLACEMENT CHARACTER}"):  # a letter of several tokens
                     whole = text
-                yield Piece(whole[len(text) :], math.exp(item[1]))
+                yield Piece(whole[len(text) :], math.exp(item[1]), item[0][-1] in self.ends)
                 text = whole
         finally:
             closed.set()
@@ -213,7 +214,8 @@ def load(arguments, source=None):
     if not torch.cuda.is_available() and model.num_parameters() > 1e9:
         print("Without a GPU, a model of this size takes minutes for an image.", file=sys.stderr)
     instruction = instruction_for(source, arguments.instruction)
-    return Reader(source, model, processor, instruction, arguments.max_new_tokens, arguments.batch_size)
+    batch_size = getattr(arguments, "batch_size", None)
+    return Reader(source, model, processor, instruction, arguments.max_new_tokens, batch_size)
 
 
 def instruction_for(source, given):

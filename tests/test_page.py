@@ -58,7 +58,7 @@ class Fake:
                 time.sleep(self.pause)
                 if self.error:
                     raise self.error
-                yield Piece(f"{text} " if text else "", 0.4 if text == str(shade) else 1.0)
+                yield Piece(f"{text} " if text else "", 0.4 if text == str(shade) else 1.0, not text)
         finally:
             self.at_once -= 1
             self.ended.append(shade)

@@ -272,6 +272,7 @@ def test_a_streamed_reading_is_the_same_and_can_be_stopped(pictures, reads):
     (reading,) = reads.read([picture])
     pieces = [*reads.stream(picture)]
     assert "".join(piece.text for piece in pieces) == reading.text and len(pieces) == reads.limit
+    assert reading.cut and not any(piece.ends for piece in pieces)
     certainty = sum(math.log(piece.probability) for piece in pieces) / len(pieces)
     assert certainty == pytest.approx(reading.certainty, abs=1e-4)
     taken = []
