@@ -40,7 +40,7 @@ def add_flag(parser, name, what, default=False):
 
 
 def add_model(parser, limit=512, batches=True):
-    """The arguments that say which model reads, and how (see `reader.load`); with `batches`, how many images at once."""
+    """The arguments that say which model reads, and how (see `reader.load`); with `batches`, how many at once, too."""
     what = "the --output_dir of a run, the folder of an adapter or a model, or a name on the hub"
     parser.add_argument("model", metavar="MODEL", help=what)
     parser.add_argument("--instruction", help="what the model is asked (default: what it was trained with)")
