@@ -54,21 +54,41 @@ def natural(file):
 def pages(label, file):
     """Yields (label, picture as RGB) of a file, one for each page of a TIFF or PDF file, labelled FILE#page=1, ...
 
-    Raises Unusable, with the reason in words, if the file, or what is left of it, can't be read.
+    In place of a picture that can't be had, or of all of them, stands an Unusable with the reason in words.
     """
-    content = content_of(file)
     try:
-        if content.startswith(b"%PDF-"):
-            drawn = of_pdf(content)
-        else:
-            picture = opened(content)
-            drawn = of_tiff(picture) if picture.format == "TIFF" and picture.n_frames > 1 else [as_seen(picture)]
-        for number, picture in enumerate(drawn, start=1):
-            yield (label if isinstance(drawn, list) else f"{label}{PAGE}{number}"), picture
+        content = content_of(file)
+        numbers, draw = drawn(content)
+    except Unusable as reason:
+        yield label, reason
+        return
+    for number in numbers:
+        try:
+            picture = draw(number)
+        except Unusable as reason:
+            picture = reason
+        except Exception as error:  # on a broken file Pillow's decoders raise anything
+            picture = Unusable(why(error, content))
+        yield (f"{label}{PAGE}{number}" if number else label), picture
+
+
+def drawn(content):
+    """The numbers of the pages in a file, [0] if it is an image and has no pages, and a function that draws one."""
+    if content.startswith(b"%PDF-"):
+        return of_pdf(content)
+    try:
+        picture = opened(content)
+        count = picture.n_frames if picture.format == "TIFF" else 1
     except (Unusable, MemoryError):
         raise
-    except Exception as error:  # on a broken file Pillow's decoders raise anything
+    except Exception as error:
         raise Unusable(why(error, content)) from error
+
+    def draw(number):
+        picture.seek(max(number - 1, 0))
+        return as_seen(picture.copy())
+
+    return (range(1, count + 1) if count > 1 else [0]), draw
 
 
 def content_of(file):
@@ -95,12 +115,6 @@ def why(error, content):
     return f"damaged, or cut off after {len(content):,} bytes ({first_line(error)})"
 
 
-def of_tiff(picture):
-    for number in range(picture.n_frames):
-        picture.seek(number)
-        yield as_seen(picture.copy())
-
-
 def of_pdf(content):
     try:
         import pypdfium2
@@ -110,10 +124,13 @@ def of_pdf(content):
         document = pypdfium2.PdfDocument(content)
     except pypdfium2.PdfiumError as error:
         raise Unusable(f"a PDF file that is damaged or needs a password ({first_line(error)})") from error
-    with document:
-        for page in document:
-            scale = min(DPI / 72, LONGEST / max(page.get_size()))
-            yield as_seen(page.render(scale=scale).to_pil())
+
+    def draw(number):
+        page = document[number - 1]
+        scale = min(DPI / 72, LONGEST / max(page.get_size()))
+        return as_seen(page.render(scale=scale).to_pil())
+
+    return range(1, len(document) + 1), draw
 
 
 def from_clipboard():
@@ -125,7 +142,9 @@ def from_clipboard():
     except (NotImplementedError, OSError) as error:  # ChildProcessError among them
         raise Unusable(f"the clipboard can't be read ({first_line(error)})") from error
     if isinstance(found, list) and len(found) == 1:  # a file that was copied in a file manager
-        return next(picture for _, picture in pages("clipboard", Path(found[0])))
+        _, found = next(pages("clipboard", Path(found[0])))
+        if isinstance(found, Unusable):
+            raise found
     if not isinstance(found, Image.Image):
         raise Unusable("there is no image in the clipboard")
     content = io.BytesIO()

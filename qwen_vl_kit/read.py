@@ -54,10 +54,7 @@ def main(arguments, prog):
     if not any(file is None or file.exists() for _, file in files):  # before the model is loaded
         sys.exit("\n".join(f"{label}: there is no such file" for label, _ in files))
     if any(file and file.suffix.lower() == ".pdf" for _, file in files):
-        print(
-            "Each page of a PDF file is read as the picture of one formula: cut formulas out of full pages.",
-            file=sys.stderr,
-        )
+        print("Each page of a PDF file is read as one formula: cut formulas out of full pages.", file=sys.stderr)
     source = loading.find(wanted.model)
     table = open_table(wanted, source, files) if wanted.output else None
     reads = reader.load(wanted, source)
@@ -109,21 +106,15 @@ def read_files(reads, files, table):
 
     done, failed = table.done if table else set(), set()
 
-    def fail(label, reason):
-        failed.add(label)
-        tqdm.write(f"{label}: {reason}", file=sys.stderr)
-
     def pages():
         for label, file in files:
             bar.update()
-            if label in done:
-                continue
-            try:
-                for page, picture in images.pages(label, file):
-                    if page not in done:
-                        yield page, picture
-            except images.Unusable as reason:
-                fail(label, reason)
+            for page, picture in images.pages(label, file) if label not in done else ():
+                if isinstance(picture, images.Unusable):
+                    failed.add(label)
+                    tqdm.write(f"{page}: {picture}", file=sys.stderr)
+                elif page not in done:
+                    yield page, picture
 
     def show(page, reading):
         tqdm.write(f"{page}\t{on_one_line(reading.text)}", file=sys.stdout)

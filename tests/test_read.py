@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from shaky_hub import ShakyHub
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -132,10 +132,11 @@ def test_bad_files_are_named_the_others_are_read_and_the_exit_code_says_so(pictu
 
 def test_a_page_that_is_damaged_costs_only_itself(pictures, command, tmp_path, monkeypatch):
     pictures[0].convert("RGB").save(tmp_path / "scan.tif", save_all=True, append_images=pictures[1:3])
-    seek = Image.Image.seek
-    monkeypatch.setattr("PIL.TiffImagePlugin.TiffImageFile.seek", lambda self, n: seek(self, 9) if n == 1 else None)
+    seek = TiffImagePlugin.TiffImageFile.seek
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "seek", lambda self, n: seek(self, 9 if n == 1 else n))
     code, read, said = command(tmp_path / "scan.tif")
-    assert code == 1 and [*read] == [f"{tmp_path / 'scan.tif'}#page=1"] and "damaged" in said
+    assert code == 1 and [*read] == [f"{tmp_path / 'scan.tif'}#page={number}" for number in (1, 3)]
+    assert "scan.tif#page=2: damaged" in said and "1 of 1 files could not be read, or not all of their pages" in said
 
 
 SENTENCES = {
@@ -211,7 +212,7 @@ def test_pages_and_folders_and_standard_input(pictures, command, tmp_path, monke
         "two.tif#page=1", "two.tif#page=2",
     ]  # fmt: skip
     assert read["-"] == read["scans/page9.png"] == read["scans/page10.png"]
-    assert "Each page of a PDF file is read as the picture of one formula" in said
+    assert "Each page of a PDF file is read as one formula" in said
 
 
 def test_a_program_needs_three_lines(run, pictures, reads, tmp_path):
