@@ -1,0 +1,813 @@
+r"""LaTeX: its tokens, one spelling for all ways to write a formula, and when two formulas look the same.
+
+Wraps no step. `scores` compares formulas with it, `rows` respells texts with it for --normalize_latex.
+
+A formula is parsed as TeX would (`Parser`). From there it is written in two ways:
+
+- `spelled` keeps what is seen, spaces and sizes included, and makes the spelling uniform: for training.
+- `normalized` drops what does not count as different, too: `TABLE` says what does and what does not, row by row.
+  Two formulas look the same if that leaves the same tokens.
+
+A command that is not known stands for itself, with the groups right after it: where it is not certain that two
+spellings look the same, they count as different.
+"""
+
+import re
+import unicodedata
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain, groupby
+
+from qwen_vl_kit.latex_commands import (
+    ACCENTS,
+    ALIASES,
+    ALIGNED,
+    ANGLES,
+    ARGUMENTS,
+    AROUND,
+    AROUND_TABLES,
+    BIG,
+    BIGGER,
+    BRACES,
+    BRACKETS,
+    BY_BRACES,
+    CHARACTERS,
+    CLASSES,
+    CLOSING,
+    DECLARED,
+    DISPLAYED,
+    DOTS,
+    DRAWN,
+    FILLS,
+    FONT,
+    FONTS,
+    FRACTIONS,
+    FUNCTIONS,
+    GREEK,
+    INFIX,
+    INTEGRALS,
+    KERNS,
+    LENGTHS,
+    LIMITS,
+    MU,
+    NEGATED,
+    OPENING,
+    OPTIONAL,
+    OTHER_TABLES,
+    PHANTOMS,
+    RAISED,
+    ROW_ENDS,
+    SIZES,
+    SPACES,
+    STACKS,
+    STYLES,
+    TEXTS,
+    UNITS,
+    WIDE,
+    is_known,
+)
+
+LENGTH = re.compile(r"=?([+-]*)(\d*[.,]?\d*)(?:true)?(mu|em|ex|pt|bp|pc|mm|cm|in)")
+
+
+class NotLatex(ValueError):
+    """Why a text can't be LaTeX: braces that don't match, a command without its arguments, two superscripts."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+# `%` is a sign like others: formulas to be read have no comments. Of the commands with a star, these are in use.
+TOKEN = re.compile(
+    r"\\(?:begin|end)\s*\{[^{}]*\}|\\(?:operatorname|hspace|vspace|tag)\s*\*|\\[A-Za-z]+|\\.|\\$|\S", re.DOTALL
+)
+ENVIRONMENTS = ["equation", "equation*", "displaymath", "math"]
+DELIMITERS = [(["$", "$"], ["$", "$"]), (["$"], ["$"]), ([r"\["], [r"\]"]), ([r"\("], [r"\)"])]
+DELIMITERS += [([rf"\begin{{{name}}}"], [rf"\end{{{name}}}"]) for name in ENVIRONMENTS]
+
+
+def tokens(text):
+    """The TeX tokens of a formula, [str], without the delimiters around it (`$`, `\\[`, `equation`, ...).
+
+    Spaces are no tokens, `\\ ` is one, and so is `\\begin{array}`. Unicode is composed (NFC).
+    """
+    return bare(all_tokens(text))[0]
+
+
+def all_tokens(text):
+    found = TOKEN.findall(unicodedata.normalize("NFC", text))
+    # A backslash at the very end is `\ ` whose space was stripped.
+    return [r"\ " if token == "\\" or token[1:].isspace() else "".join(token.split()) for token in found]
+
+
+def bare(found):
+    """The tokens inside of the delimiters, and the first of the outermost delimiter, "" if there is none."""
+    outermost = ""
+    while True:
+        for opening, closing in DELIMITERS:
+            size = len(opening)
+            inner = found[size:-size]
+            if len(found) >= 2 * size and found[:size] == opening and found[-size:] == closing:
+                if not stands_alone(inner, closing[0]):
+                    continue
+                outermost = outermost or "".join(opening)
+                found = inner
+                break
+        else:
+            return found, outermost
+
+
+def stands_alone(inner, closing):
+    """Whether a delimiter is not closed before the end: in `$a$ + $b$` it is."""
+    depth = 0
+    for token in inner:
+        depth += (token == "{") - (token == "}")
+        if depth == 0 and token == closing:
+            return False
+    return True
+
+
+def delimiter(text):
+    """What stands around a formula, such as "$", or "" if nothing does."""
+    text = text.strip()
+    return bare(all_tokens(text))[1] if text[:1] == "$" or text[:2] in (r"\[", r"\(", r"\b") else ""
+
+
+def with_commands(found):
+    """Tokens with commands in place of Unicode characters: `α²` becomes `\\alpha ^ { 2 }`."""
+    if all(map(str.isascii, found)):
+        return found
+    out = []
+    for script, run in groupby(found, key=lambda token: RAISED.get(token, [""])[0]):
+        if script:
+            out += [script, "{", *(RAISED[token][1] for token in run), "}"]
+        else:
+            for token in run:
+                out += [token] if token.isascii() else CHARACTERS.get(token, [token])
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parsing
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEEPEST = 60  # braces in braces; TeX takes 255
+
+
+class Parser:
+    """Parses the tokens of a formula into nodes, tuples whose first element says what they are.
+
+    ("symbol", token), ("space", tokens, width in mu), ("group", nodes), ("command", name, option, arguments),
+    ("scripts", base, below, above, limits), ("declare", tokens), ("text", name, nodes), ("pair", opening, nodes,
+    closing), ("bracket", size, token), ("table", name, position, columns, rows). Raises NotLatex.
+    """
+
+    def __init__(self, found):
+        self.tokens, self.at, self.depth, self.in_text = found, 0, 0, False
+
+    def formula(self):
+        nodes = self.row()
+        if self.at < len(self.tokens):
+            raise NotLatex(f"{self.tokens[self.at]} without its beginning")
+        return nodes
+
+    def peek(self):
+        return self.tokens[self.at] if self.at < len(self.tokens) else None
+
+    def next(self):
+        if self.at == len(self.tokens):
+            raise NotLatex("it ends too early")
+        self.at += 1
+        return self.tokens[self.at - 1]
+
+    def expect(self, token):
+        if self.next() != token:
+            raise NotLatex(f"{token} is missing")
+
+    def row(self, ends=()):
+        """The nodes up to one of `ends`, or to the end of what surrounds them."""
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise NotLatex("too many braces in braces")
+        nodes = []
+        while (token := self.peek()) is not None:
+            if token in ("}", r"\right", *ends) or token.startswith(r"\end{"):
+                break
+            if token in INFIX:
+                self.at += 1
+                above = [node for node in nodes if node[0] == "declare"]  # these hold on
+                nodes = [("command", INFIX[token], None, [nodes, above + self.row(ends)])]
+                break
+            nodes.append(self.with_scripts())
+        self.depth -= 1
+        return nodes
+
+    def with_scripts(self):
+        """The next node with its sub- and superscript."""
+        token = self.peek()
+        base = ("group", []) if self.is_script(token) else self.atom()
+        if base[0] in ("space", "declare"):
+            return base
+        below = above = limits = None
+        while (token := self.peek()) is not None:
+            if token in (r"\limits", r"\nolimits", r"\displaylimits"):
+                limits = self.next()
+            elif not self.is_script(token):
+                break
+            elif token in ("_", r"\sb"):
+                if below is not None:
+                    raise NotLatex("two subscripts")
+                self.at += 1
+                below = self.argument()
+            else:
+                if above is not None:
+                    raise NotLatex("two superscripts")
+                above = []
+                while self.peek() == "'":
+                    above.append(("symbol", r"\prime"))
+                    self.at += 1
+                if self.peek() in ("^", r"\sp"):
+                    self.at += 1
+                    above += self.argument()
+        return base if below is above is limits is None else ("scripts", base, below, above, limits)
+
+    def is_script(self, token):
+        return token in ("_", "^", r"\sb", r"\sp") or (token == "'" and not self.in_text)
+
+    def argument(self):
+        """The nodes of a command's argument: a group, or what comes next."""
+        token = self.peek()
+        if token == "{":
+            return self.group()
+        if token is None or token in ("}", "&", r"\\", r"\cr", r"\right", "^", "_") or token.startswith(r"\end{"):
+            raise NotLatex("an argument is missing")
+        return [self.atom()]
+
+    def group(self):
+        self.expect("{")
+        nodes = self.row()
+        self.expect("}")
+        return nodes
+
+    def option(self):
+        """The nodes in brackets, or None."""
+        if self.peek() != "[":
+            return None
+        self.at += 1
+        nodes = self.row(("]",))
+        self.expect("]")
+        return nodes
+
+    def atom(self):
+        token = self.next()
+        if token == "{":
+            self.at -= 1
+            return ("group", self.group())
+        if token in MU:
+            return ("space", [SPACES.get(token, token)], MU[token])
+        if token in KERNS:
+            return self.kern(token)
+        if token in DECLARED or token in STYLES or token in SIZES:
+            return ("declare", [token])
+        if token in TEXTS:
+            return self.text(token)
+        if token == "$" and self.in_text:
+            return self.formula_in_text()
+        if token in ("$", r"\(", r"\)", r"\[", r"\]") and not self.in_text:
+            raise NotLatex(f"{token} within a formula")
+        if token == r"\left":
+            return self.pair()
+        if token == r"\middle" or token in BIGGER:
+            return ("bracket", token, self.bracket())
+        if token.startswith(r"\begin{"):
+            return self.table(token[7:-1])
+        if token in BY_BRACES:
+            self.expect("{")
+            rows = self.rows("}")
+            return ("table", BY_BRACES[token], None, [], rows)
+        if token in ARGUMENTS:
+            return self.command(token)
+        if token == r"\buildrel":
+            above = self.row((r"\over",))
+            self.expect(r"\over")
+            return ("command", r"\stackrel", None, [above, self.argument()])
+        if token in (r"\color", r"\cline"):
+            return ("declare", [token, *self.raw()])
+        if token in (r"\limits", r"\nolimits", r"\displaylimits"):
+            raise NotLatex(f"{token} without an operator")
+        if token[0] == "\\" and token[1:].isalpha() and not is_known(token):
+            arguments = []
+            while self.peek() == "{":
+                arguments.append(self.group())
+            return ("command", token, None, arguments)
+        return ("symbol", token)
+
+    def command(self, name):
+        option = self.option() if name in OPTIONAL else None
+        if name in LENGTHS:
+            length = self.raw()
+            across = name.startswith(r"\h")
+            return ("space", [name, *length], width_of("".join(length[1:-1])) if across else 0)
+        if name == r"\label":
+            self.argument()
+            return ("space", [], 0)
+        start = self.at
+        if name == r"\not":  # \not\!\!D
+            spaces = []
+            while self.peek() in MU:
+                spaces.append(self.atom())
+            return ("command", name, None, [spaces + self.argument()])
+        arguments = [self.argument() for _ in range(ARGUMENTS[name])]
+        if name in PHANTOMS:
+            return ("space", [name, *self.tokens[start : self.at]], 0 if name == r"\vphantom" else 18)
+        return ("command", name, option, arguments)
+
+    def kern(self, name):
+        """A length without braces, as TeX's own commands have them."""
+        found = LENGTH.match("".join(self.tokens[self.at : self.at + 16]))
+        if not found:
+            raise NotLatex(f"{name} without a length")
+        start = self.at
+        while len("".join(self.tokens[start : self.at])) < found.end():
+            self.at += 1
+        return ("space", [name, *self.tokens[start : self.at], r"\relax"], width_of(found[0]))
+
+    def raw(self):
+        """The tokens of a group as they are, with its braces."""
+        start, depth = self.at, 0
+        if self.peek() != "{":
+            return ["{", self.next(), "}"]
+        while True:
+            token = self.next()
+            depth += (token == "{") - (token == "}")
+            if not depth:
+                return self.tokens[start : self.at]
+
+    def text(self, name):
+        outer, self.in_text = self.in_text, True
+        nodes = self.argument()
+        self.in_text = outer
+        return ("text", name, nodes)
+
+    def formula_in_text(self):
+        self.in_text = False
+        nodes = self.row(("$",))
+        self.expect("$")
+        self.in_text = True
+        return ("command", r"\ensuremath", None, [nodes])
+
+    def bracket(self):
+        token = self.next()
+        if token not in BRACKETS:
+            raise NotLatex(f"{token} is no bracket")
+        return ALIASES.get(ANGLES.get(token, token), ANGLES.get(token, token))
+
+    def pair(self):
+        opening = self.bracket()
+        nodes = self.row()
+        self.expect(r"\right")
+        return ("pair", opening, nodes, self.bracket())
+
+    def table(self, name):
+        position, columns = None, []
+        if name == "array" or name in ALIGNED:
+            position = self.raw_option()
+        if name in ("array", "tabular", "alignedat"):
+            columns = self.raw()[1:-1]
+        return ("table", name, position, columns, self.rows(rf"\end{{{name}}}"))
+
+    def raw_option(self):
+        """The letter of an option, such as [t], or None."""
+        if self.tokens[self.at : self.at + 1] == ["["] and self.tokens[self.at + 2 : self.at + 3] == ["]"]:
+            self.at += 3
+            return self.tokens[self.at - 2]
+        return None
+
+    def rows(self, end):
+        """The rows of a table, [[nodes of a cell, ...], ...], up to `end`."""
+        rows = [[]]
+        while True:
+            rows[-1].append(self.row(("&", *ROW_ENDS)))
+            token = self.next()
+            if token == end:
+                return rows
+            if token != "&" and token not in ROW_ENDS:
+                raise NotLatex(f"{end} is missing")
+            if token == "&":
+                continue
+            rows.append([])
+            if self.peek() == "*":
+                self.at += 1
+            if re.match(rf"\[\s*{LENGTH.pattern}", "".join(self.tokens[self.at : self.at + 16])):
+                while self.next() != "]":
+                    pass
+
+
+def width_of(length):
+    """A length in mu, 1/18 em, at 10 points. What is no length has none."""
+    found = LENGTH.match(length)
+    if not found or not found[2].strip(".,"):
+        return 0
+    return float(found[2].replace(",", ".")) * UNITS[found[3]] * (-1) ** found[1].count("-")
+
+
+@lru_cache(maxsize=4096)
+def parsed(text):
+    """The nodes of a formula, without what stands around it. Raises NotLatex."""
+    found = with_commands(tokens(text))
+    if not found:
+        raise NotLatex("nothing")
+    return Parser(found).formula()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is seen
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Context:
+    """What surrounds a node, as far as it decides how the node looks."""
+
+    display: bool = True  # whether limits stand above and below
+    level: int = 0  # 1 in a script, 2 in a script of a script
+    font: str = ""
+    bold: bool = False
+    text: bool = False
+    table: bool = False
+
+    def script(self):
+        return replace(self, display=False, level=min(self.level + 1, 2), table=False)
+
+
+@dataclass
+class Item:
+    """Something drawn, with what stands below and above it.
+
+    kind: "symbol"; "operator" (a large one); "name" (of an operator, `parts`); "brace"; "stack" (with limits); "box"
+    (anything else); "empty" (scripts of nothing); "scope" (changes all that follows in a group); "space".
+    """
+
+    tokens: tuple
+    kind: str
+    font: str = ""
+    below: tuple = None
+    above: tuple = None
+    limits: bool = False
+    width: float = 0
+    parts: tuple = ()
+
+    def bare(self):
+        return self.below is None and self.above is None
+
+
+def items_of(nodes, context):
+    """The items of a row, in their order."""
+    items = []
+    for node in nodes:
+        if node[0] == "declare":
+            context, scope = declared(node[1], context)
+            items += scope
+        else:
+            items += SEEN[node[0]](context, *node[1:])
+    return items
+
+
+def declared(found, context):
+    """The context after a declaration, and what has to be said about it."""
+    name = found[0]
+    if name in DECLARED:
+        return replace(context, font=FONT[name]), []
+    if name in STYLES:
+        level, same = STYLES[name], STYLES[name] == context.level
+        context = replace(context, display=name == r"\displaystyle", level=level)
+        return context, [] if same else [Item((r"\textstyle" if level == 0 else name,), "scope")]
+    return context, [Item(tuple(found), "scope")]
+
+
+def seen_symbol(context, token):
+    token = ALIASES.get(token, token)
+    token = DRAWN.get(token, token)
+    if token in DOTS:
+        return [Item((dot,), "symbol") for dot in DOTS[token]]
+    if token in NEGATED:
+        return [Item((r"\not", "{", NEGATED[token], "}"), "symbol")]
+    if token in FUNCTIONS:
+        return upright(FUNCTIONS[token])
+    if token in LIMITS:
+        return [Item((), "name", parts=tuple(upright(LIMITS[token])))]
+    if token in BIG or token in INTEGRALS:
+        return [Item((token,), "operator")]
+    if token == r"\bmod":
+        return upright("mod")
+    if context.text and token in ("-", "*", "'", "`", '"', "<", ">", "|"):
+        return [Item((r"\text", "{", token, "}"), "symbol")]
+    return [Item((token,), "symbol", font_of(token, context))]
+
+
+def upright(letters):
+    return [Item((letter,), "symbol", "rm") for letter in letters]
+
+
+def font_of(token, context):
+    """The font of a symbol, "" for the usual one. Only letters, digits and capital Greek have others."""
+    letter, other = len(token) == 1 and token.isalpha(), token.isdigit() or token in GREEK
+    font = context.font if letter or other else ""
+    if (letter and font in ("it", "mit")) or (other and font == "rm"):
+        font = ""
+    if context.bold and not font:
+        return "bf" if other else "bold"
+    return ("bf" if font == "rm" else font if font == "bf" else f"bold {font}") if context.bold else font
+
+
+def seen_space(context, found, width):
+    if found and found[0] in FILLS and context.table:
+        return [Item(tuple(found), "scope")]
+    return [Item((), "space", width=width)]
+
+
+def seen_group(context, nodes):
+    return grouped(items_of(nodes, replace(context, table=False) if not has_fill(nodes) else context))
+
+
+def has_fill(nodes):
+    return any(node[0] == "space" and node[1][:1] in ([r"\hfill"], [r"\hfil"]) for node in nodes)
+
+
+def grouped(items):
+    """The items of a group: as if there were no braces, unless something in it changes what follows up to the brace."""
+    items = [replace(item, kind="box") if item.kind == "operator" and item.bare() else item for item in items]
+    if any(item.kind == "scope" for item in items):
+        return [Item(("{", *written(items), "}"), "box")]
+    return [part for item in items for part in (item.parts if item.kind == "name" else [item])]
+
+
+def seen_scripts(context, base, below, above, limits):
+    inner = SEEN[base[0]](context, *base[1:])
+    below, above = (written(items_of(nodes or [], context.script())) or None for nodes in (below, above))
+    if below is above is None:
+        return inner
+    last = inner[-1] if inner else None
+    if len(inner) == 1 and last.kind in ("operator", "name", "brace", "stack"):
+        usual = last.kind in ("brace", "stack") or (context.display and last.tokens[:1] not in INTEGRAL_TOKENS)
+        if last.kind != "stack" and (limits == r"\limits" or (usual and limits != r"\nolimits")):
+            return stacked(inner, below, above)
+    return beside(inner, below, above)
+
+
+INTEGRAL_TOKENS = {(name,) for name in INTEGRALS}
+
+
+def beside(inner, below, above):
+    """Items with scripts to the right of the last one, or of all together if that is seen."""
+    if len(inner) == 1 and inner[0].kind == "name":
+        inner = [*inner[0].parts]
+    if not inner:
+        return [Item((), "empty", below=below, above=above)]
+    last, drawn = inner[-1], [item for item in inner if item.kind != "space"]
+    simple = all(item.kind == "symbol" and item.bare() for item in drawn)
+    bracketed = drawn and drawn[0].tokens[:1] != drawn[0].tokens[1:] and in_brackets(drawn)
+    if last.bare() and last.kind != "space" and (len(inner) == 1 or simple or bracketed):
+        return [*inner[:-1], replace(last, below=below, above=above)]
+    return [Item(("{", *written(inner), "}"), "box", below=below, above=above)]
+
+
+def in_brackets(items):
+    return items[0].tokens[0] in OPENING and items[-1].tokens[0] in CLOSING
+
+
+def stacked(inner, below, above):
+    """Items with others below and above them."""
+    kept = inner[0] if len(inner) == 1 else Item((), "box")
+    large = kept.kind == "operator" and (kept.bare() or kept.limits)
+    taken = (below and kept.below) or (above and kept.above)
+    if taken or not (large or kept.kind == "stack"):
+        found = written(inner)
+        one = len(inner) == 1 and (kept.kind == "name" or kept.bare())
+        kept = Item(found if one else ("{", *found, "}"), "stack", limits=True)
+    return [replace(kept, below=below or kept.below, above=above or kept.above, limits=True)]
+
+
+def seen_pair(context, opening, nodes, closing):
+    ends = [[Item((), "empty")] if end == "." else seen_symbol(context, end) for end in (opening, closing)]
+    return [*ends[0], *grouped(items_of(nodes, context)), *ends[1]]
+
+
+def seen_bracket(context, size, token):
+    return [] if token == "." else seen_symbol(context, token)
+
+
+def seen_text(context, name, nodes):
+    return grouped(items_of(nodes, replace(context, font=TEXTS[name], text=True)))
+
+
+def seen_command(context, name, option, arguments):
+    if name in FONT:
+        font = FONT[name]
+        inner = replace(context, bold=True) if font == "bold" else replace(context, font=font)
+        return grouped(items_of(arguments[0], inner))
+    if name == r"\ensuremath":
+        return grouped(items_of(arguments[0], replace(context, font="", text=False)))
+    if name in CLASSES:
+        return grouped(items_of(arguments[0], context))
+    if name == r"\operatorname":
+        return grouped(items_of(arguments[0], replace(context, font="rm")))
+    if name in (r"\operatorname*", r"\mathop"):
+        inner = items_of(arguments[0], replace(context, font="rm") if name != r"\mathop" else context)
+        if len(inner) == 1 and inner[0].kind == "operator" and inner[0].tokens[:1] not in INTEGRAL_TOKENS:
+            return inner
+        return [Item((), "name", parts=tuple(grouped(inner)))]
+    if name == r"\pmod":
+        inner = [*upright("mod"), *grouped(items_of(arguments[0], context))]
+        return [Item(("(",), "symbol"), *inner, Item((")",), "symbol")]
+    if name in STACKS:
+        script = written(items_of(arguments[0], context.script()))
+        base = items_of(arguments[1], context)
+        return stacked(base, *((script, None) if name == r"\underset" else (None, script)))
+    return of_parts(context, name, option, arguments)
+
+
+def of_parts(context, name, option, arguments):
+    """The items of a command that draws something of its own around its arguments."""
+    if name in FRACTIONS or name in INFIX.values():
+        inner = replace(context, display=name == r"\cfrac")
+        parts = [written(items_of(nodes, inner)) for nodes in arguments]
+        name = name.replace("dbinom", "binom").replace("tbinom", "binom")
+        opening, closing = AROUND.get(name, ("", ""))
+        line = r"\frac" if name.endswith("frac") else r"\atop"
+        drawn = [Item((line, *(token for part in parts for token in ("{", *part, "}"))), "box")]
+        if opening:
+            return [Item((opening,), "symbol"), *drawn, Item((closing,), "symbol")]
+        return drawn
+    inner = [items_of(nodes, context) for nodes in arguments]
+    if name in WIDE and len(shown := finished(inner[0])) == 1 and shown[0].kind == "symbol" and shown[0].bare():
+        name = WIDE[name]
+    found = [name]
+    if option is not None:
+        found += ["[", *written(items_of(option, context.script())), "]"]
+    for items in inner:
+        found += ["{", *written(items), "}"]
+    kind = (
+        "brace"
+        if name in BRACES
+        else "symbol"
+        if name in ACCENTS
+        else "box"
+        if arguments or is_known(name)
+        else "scope"
+    )
+    return [Item(tuple(found), kind)]
+
+
+def seen_table(context, name, position, columns, rows):
+    brackets = AROUND_TABLES.get(name, ("", ""))
+    opening, closing = ([Item((bracket,), "symbol")] if bracket else [] for bracket in brackets)
+    return [*opening, *of_table(context, name, position, columns, rows), *closing]
+
+
+def of_table(context, name, position, columns, rows):
+    inner = Context(display=name in DISPLAYED, bold=context.bold, table=True)
+    cells = [[items_of(nodes, inner) for nodes in row] for row in rows]
+    drawn = [[written(items) for items in row] for row in cells]
+    width = max(len(row) for row in drawn)
+    letters, lines = columns_of(columns, name, width)
+    used = [[row[at] for row in drawn if at < len(row) and row[at]] for at in range(width)]
+    drawn = [[row[at] if at < len(row) else () for at in range(width) if used[at] or lines] for row in drawn]
+    while drawn and not any(drawn[-1]):
+        drawn.pop()
+    ruled = bool(lines) or any(r"\hline" in cell or r"\cline" in cell for row in drawn for cell in row)
+    if len(drawn) <= 1 and not ruled and name != "tabular":  # a line of cells: what is between them is space
+        return [item for items in cells[0] for item in (Item((), "space", width=18), *grouped(items))] if drawn else []
+    # How a column is aligned is only seen if it has two cells.
+    aligned = [letter if len(used[at]) > 1 else "c" for at, letter in enumerate(letters) if used[at] or lines]
+    kept = name if name in OTHER_TABLES else "array"
+    found = [rf"\begin{{{kept}}}", *(["[", position, "]"] if position not in (None, "c") else [])]
+    found += ["{", *(token for at, letter in enumerate(aligned) for token in (*lines.get(at, ()), letter))]
+    found += [*lines.get(width, ()), "}"]
+    for row in drawn:
+        while row and not row[-1]:
+            row.pop()
+        for at, cell in enumerate(row):
+            found += ["&", *cell] if at else cell
+        found.append(r"\\")
+    return [Item((*found[:-1], rf"\end{{{kept}}}"), "box")]
+
+
+def columns_of(columns, name, width):
+    """The alignment of so many columns, and what is drawn before them: {number of a column: tokens}."""
+    if name not in ("array", "tabular"):
+        return (ALIGNED.get(name, "c") * width)[:width], {}
+    letters, lines, at = [], {}, 0
+    columns = unrolled(columns)
+    while at < len(columns):
+        token, at = columns[at], at + 1
+        argument = []
+        if columns[at : at + 1] == ["{"]:
+            end = closing_brace(columns, at)
+            argument, at = columns[at : end + 1], end + 1
+        if token in ("@", "!") and all(part in MU or part in "{}" for part in argument):
+            continue
+        if token in (">", "<") or token in ("@", "!", "|"):
+            lines.setdefault(len(letters), []).extend([token, *argument])
+        else:
+            letters.append("".join([token, *argument]))
+    return (letters + ["c"] * width)[:width], lines
+
+
+def closing_brace(found, at):
+    """Where the group that begins at `at` ends."""
+    depth = 0
+    for place in range(at, len(found)):
+        depth += (found[place] == "{") - (found[place] == "}")
+        if not depth:
+            return place
+    raise NotLatex("} is missing")
+
+
+def unrolled(columns):
+    """Column letters without `*{3}{c}`."""
+    while "*" in columns:
+        at = columns.index("*")
+        end = closing_brace(columns, at + 1)
+        last = closing_brace(columns, end + 1) if end + 1 < len(columns) else end
+        times = "".join(columns[at + 2 : end])
+        if not times.isdigit() or int(times) > 100:
+            raise NotLatex("columns without a number")
+        columns = columns[:at] + columns[end + 2 : last] * int(times) + columns[last + 1 :]
+    return columns
+
+
+SEEN = {
+    "symbol": seen_symbol, "space": seen_space, "group": seen_group, "scripts": seen_scripts, "pair": seen_pair,
+    "bracket": seen_bracket, "text": seen_text, "command": seen_command, "table": seen_table,
+}  # fmt: skip
+OVERLAP = -6  # mu; two \! or more draw one symbol over the other, as in D\!\!\!\!/
+
+
+def finished(items):
+    """The items of a row without spaces and empty groups; `\\!` stays where one symbol is drawn over another."""
+    out, width, apart = [], 0, False
+    for item in chain.from_iterable(item.parts if item.kind == "name" else [item] for item in items):
+        if item.kind == "space":
+            width, apart = width + item.width, True
+            continue
+        if item.kind == "empty" and item.bare():
+            continue
+        if item.kind == "empty" and out and not apart and out[-1].kind == "symbol" and out[-1].bare():
+            out[-1] = replace(out[-1], below=item.below, above=item.above)  # x{}_1
+            continue
+        # After a large operator there is space of its own.
+        if out and width <= (OVERLAP if out[-1].tokens[:1] not in OPERATOR_TOKENS else 2.5 * OVERLAP):
+            out.append(Item((r"\!",), "box"))
+        out.append(item)
+        width, apart = 0, False
+    return out
+
+
+ABOVE_AND_BELOW = BIG | BRACES  # where limits stand if nothing is said
+OPERATOR_TOKENS = {(name,) for name in INTEGRALS | BIG}
+
+
+def written(items):
+    """The tokens of a row of items."""
+    found, font = [], ""
+    for item in finished(items):
+        if item.font != font or not item.font:
+            found += ["}"] * len(font.split())
+            found += [token for name in item.font.split() for token in (FONTS[name][0], "{")]
+            font = item.font
+        found += item.tokens or ("{", "}")
+        if item.bare():
+            continue
+        found += ["}"] * len(font.split())  # scripts are those of the last letter
+        font = ""
+        usual = bool(item.tokens) and item.tokens[0] in ABOVE_AND_BELOW
+        if item.limits != usual:
+            found.append(r"\limits" if item.limits else r"\nolimits")
+        for sign, script in (("_", item.below), ("^", item.above)):
+            found += [sign, "{", *script, "}"] if script else []
+    return tuple(found + ["}"] * len(font.split()))
+
+
+@lru_cache(maxsize=4096)
+def looks(text):
+    """What is seen of a formula, as a tuple of tokens, the same for all that look the same. None if it is not LaTeX."""
+    try:
+        return written(items_of(parsed(text), Context()))
+    except NotLatex:
+        return None
+
+
+def normalized(text):
+    """The tokens of a formula, [str], in one spelling for all that look the same. Also of what is not LaTeX."""
+    seen = looks(text)
+    if seen is not None:
+        return [*seen]
+    kept = (token for token in with_commands(tokens(text)) if token not in MU)
+    return [DRAWN.get(token, token) for token in (ALIASES.get(token, token) for token in kept)]
+
+
+def same(one, other):
+    """Whether two formulas look the same, by `TABLE`. What is not LaTeX looks like nothing."""
+    return looks(one) is not None and looks(one) == looks(other)
