@@ -146,30 +146,29 @@ STYLED |= {"MONOSPACE": r"\mathtt"}
 
 
 def of_characters():
-    """{character: its tokens}, of Unicode characters that have a command."""
+    """{character: its tokens}, of Unicode characters that have a command: LaTeX's own comes first in the table."""
     found = {}
-    for command in [*sorted(SYMBOLS, reverse=True), *(name for name in PREFERRED if name in SYMBOLS)]:
+    for command in [*(name for name in PREFERRED if name in SYMBOLS), *SYMBOLS]:
         code = SYMBOLS[command]
-        if re.fullmatch("[0-9A-F]{5}", code) and int(code, 16) > 0x9F:
-            character = chr(int(code, 16))
-            if letter := [] if command in PREFERRED else styled(character):
-                found[character] = letter
-            elif re.fullmatch(r"\\[A-Za-z]+", command):
-                found[character] = [command]
-    found |= {"−": ["-"], "∗": ["*"], "∕": ["/"], "∣": ["|"], "∶": [":"], "·": [r"\cdot"], "⋅": [r"\cdot"]}
+        if re.fullmatch("[0-9A-F]{5}", code) and int(code, 16) > 0x9F and re.fullmatch(r"\\[A-Za-z]+", command):
+            found.setdefault(chr(int(code, 16)), [command])
+    found |= {"−": ["-"], "∗": ["*"], "∕": ["/"], "∣": ["|"], "∶": [":"], "·": [r"\cdot"], "⋅": [r"\cdot"], "ℎ": ["h"]}
     found |= {"µ": [r"\mu"], "Ω": [r"\Omega"], "∆": [r"\Delta"], "′": ["'"], "″": ["'"] * 2, "‴": ["'"] * 3}
-    found |= {"‖": [r"\|"], "∖": [r"\setminus"], "ℎ": ["h"], "〈": [r"\langle"], "〉": [r"\rangle"]}
-    return found | {"∅": [r"\emptyset"], "△": [r"\triangle"], "\u00a0": ["~"], "\u2009": [r"\,"]}
+    found |= {"‖": [r"\|"], "∖": [r"\setminus"], "⊥": [r"\perp"], "〈": [r"\langle"], "〉": [r"\rangle"]}
+    found |= {"∅": [r"\emptyset"], "△": [r"\triangle"], "ħ": [r"\hbar"], "\u00a0": ["~"], "\u2009": [r"\,"]}
+    letters = [chr(code) for code in (*range(0x2100, 0x2150), *range(0x1D400, 0x1D800))]
+    styles = {letter: styled(letter, found) for letter in letters if found.get(letter, [""])[0] not in PREFERRED}
+    return found | {letter: styling for letter, styling in styles.items() if styling}
 
 
-def styled(character):
+def styled(character, known):
     """The tokens of a mathematical letter, such as a bold one, or nothing."""
-    plain = unicodedata.normalize("NFKC", character)
-    name = unicodedata.name(character, "")
+    plain, name = unicodedata.normalize("NFKC", character), unicodedata.name(character, "")
     words = re.fullmatch(r"(?:MATHEMATICAL )?([A-Z -]+) (?:SMALL|CAPITAL|DIGIT) \w+", name)
-    if not words or words[1] not in STYLED or not re.fullmatch("[A-Za-z0-9]", plain):
+    if not words or words[1] not in STYLED or len(plain) != 1:
         return []
-    return [STYLED[words[1]], "{", plain, "}"] if STYLED[words[1]] else [plain]
+    plain = known.get(plain, [plain])
+    return [STYLED[words[1]], "{", *plain, "}"] if STYLED[words[1]] else plain
 
 
 CHARACTERS = of_characters()
