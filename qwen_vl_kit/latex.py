@@ -53,6 +53,7 @@ from qwen_vl_kit.latex_commands import (
     NEGATED,
     OPENING,
     OPTIONAL,
+    ORDINARY,
     OTHER_TABLES,
     PHANTOMS,
     RAISED,
@@ -63,6 +64,7 @@ from qwen_vl_kit.latex_commands import (
     STYLES,
     TEXTS,
     UNITS,
+    UNSEEN,
     WIDE,
     is_known,
 )
@@ -159,8 +161,9 @@ class Parser:
     """Parses the tokens of a formula into nodes, tuples whose first element says what they are.
 
     ("symbol", token), ("space", tokens, width in mu), ("group", nodes), ("command", name, option, arguments),
-    ("scripts", base, below, above, limits), ("declare", tokens), ("text", name, nodes), ("pair", opening, nodes,
-    closing), ("bracket", size, token), ("table", name, position, columns, rows). Raises NotLatex.
+    ("scripts", base, below, above, limits), ("declare", tokens), ("text", name, nodes), ("formula", nodes), in a text,
+    ("pair", opening, nodes, closing), ("bracket", size, token), ("table", name, position, columns, rows). Raises
+    NotLatex.
     """
 
     def __init__(self, found):
@@ -331,7 +334,7 @@ class Parser:
         start = self.at
         while len("".join(self.tokens[start : self.at])) < found.end():
             self.at += 1
-        return ("space", [name, *self.tokens[start : self.at], r"\relax"], width_of(found[0]))
+        return ("space", [name, *self.tokens[start : self.at]], width_of(found[0]))
 
     def raw(self):
         """The tokens of a group as they are, with its braces."""
@@ -355,7 +358,7 @@ class Parser:
         nodes = self.row(("$",))
         self.expect("$")
         self.in_text = True
-        return ("command", r"\ensuremath", None, [nodes])
+        return ("formula", nodes)
 
     def bracket(self):
         token = self.next()
@@ -385,10 +388,10 @@ class Parser:
         return None
 
     def rows(self, end):
-        """The rows of a table, [[nodes of a cell, ...], ...], up to `end`."""
-        rows = [[]]
+        """The rows of a table up to `end`, each its cells' nodes and the tokens of the gap below it, such as [2pt]."""
+        rows = [([], [])]
         while True:
-            rows[-1].append(self.row(("&", *ROW_ENDS)))
+            rows[-1][0].append(self.row(("&", *ROW_ENDS)))
             token = self.next()
             if token == end:
                 return rows
@@ -396,12 +399,14 @@ class Parser:
                 raise NotLatex(f"{end} is missing")
             if token == "&":
                 continue
-            rows.append([])
             if self.peek() == "*":
                 self.at += 1
             if re.match(rf"\[\s*{LENGTH.pattern}", "".join(self.tokens[self.at : self.at + 16])):
+                start = self.at
                 while self.next() != "]":
                     pass
+                rows[-1][1].extend(self.tokens[start : self.at])
+            rows.append(([], []))
 
 
 def width_of(length):
@@ -446,7 +451,8 @@ class Item:
     """Something drawn, with what stands below and above it.
 
     kind: "symbol"; "operator" (a large one); "name" (of an operator, `parts`); "brace"; "stack" (with limits); "box"
-    (anything else); "empty" (scripts of nothing); "scope" (changes all that follows in a group); "space".
+    (anything else); "empty" (scripts of nothing); "scope" (changes all that follows in a group, which then is one
+    item, "scoped"); "space".
     """
 
     tokens: tuple
@@ -532,14 +538,16 @@ def seen_group(context, nodes):
 
 
 def has_fill(nodes):
-    return any(node[0] == "space" and node[1][:1] in ([r"\hfill"], [r"\hfil"]) for node in nodes)
+    """Whether there is an \\hfill in nodes, or in the group that is all of them."""
+    inner = nodes[0][1] if len(nodes) == 1 and nodes[0][0] == "group" else nodes
+    return any(node[0] == "space" and node[1] and node[1][0] in FILLS for node in inner)
 
 
 def grouped(items):
     """The items of a group: as if there were no braces, unless something in it changes what follows up to the brace."""
     items = [replace(item, kind="box") if item.kind == "operator" and item.bare() else item for item in items]
     if any(item.kind == "scope" for item in items):
-        return [Item(("{", *written(items), "}"), "box")]
+        return [Item(("{", *written(items), "}"), "scoped")]
     return [part for item in items for part in (item.parts if item.kind == "name" else [item])]
 
 
@@ -602,13 +610,15 @@ def seen_text(context, name, nodes):
     return grouped(items_of(nodes, replace(context, font=TEXTS[name], text=True)))
 
 
+def seen_formula(context, nodes):
+    return grouped(items_of(nodes, replace(context, font="", text=False)))
+
+
 def seen_command(context, name, option, arguments):
     if name in FONT:
         font = FONT[name]
         inner = replace(context, bold=True) if font == "bold" else replace(context, font=font)
         return grouped(items_of(arguments[0], inner))
-    if name == r"\ensuremath":
-        return grouped(items_of(arguments[0], replace(context, font="", text=False)))
     if name in CLASSES:
         return grouped(items_of(arguments[0], context))
     if name == r"\operatorname":
@@ -668,7 +678,7 @@ def seen_table(context, name, position, columns, rows):
 
 def of_table(context, name, position, columns, rows):
     inner = Context(display=name in DISPLAYED, bold=context.bold, table=True)
-    cells = [[items_of(nodes, inner) for nodes in row] for row in rows]
+    cells = [[items_of(nodes, inner) for nodes in row] for row, _ in rows]
     drawn = [[written(items) for items in row] for row in cells]
     width = max(len(row) for row in drawn)
     letters, lines = columns_of(columns, name, width)
@@ -740,7 +750,8 @@ def unrolled(columns):
 
 SEEN = {
     "symbol": seen_symbol, "space": seen_space, "group": seen_group, "scripts": seen_scripts, "pair": seen_pair,
-    "bracket": seen_bracket, "text": seen_text, "command": seen_command, "table": seen_table,
+    "bracket": seen_bracket, "text": seen_text, "formula": seen_formula, "command": seen_command,
+    "table": seen_table,
 }  # fmt: skip
 OVERLAP = -6  # mu; two \! or more draw one symbol over the other, as in D\!\!\!\!/
 
@@ -771,8 +782,10 @@ OPERATOR_TOKENS = {(name,) for name in INTEGRALS | BIG}
 
 def written(items):
     """The tokens of a row of items."""
-    found, font = [], ""
-    for item in finished(items):
+    found, font, items = [], "", finished(items)
+    if len(items) == 1 and items[0].kind == "scoped" and items[0].bare():
+        return items[0].tokens[1:-1]  # the row ends where the group does
+    for item in items:
         if item.font != font or not item.font:
             found += ["}"] * len(font.split())
             found += [token for name in item.font.split() for token in (FONTS[name][0], "{")]
@@ -811,3 +824,172 @@ def normalized(text):
 def same(one, other):
     """Whether two formulas look the same, by `TABLE`. What is not LaTeX looks like nothing."""
     return looks(one) is not None and looks(one) == looks(other)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One spelling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def spelled(text):
+    """A formula in uniform spelling that is drawn as before, spaces and sizes included: for training.
+
+    Nothing around it, commands in place of Unicode, one name for commands that do the same, braces around arguments
+    and nowhere else, spaces only where TeX needs them. What is not LaTeX stays as it is.
+    """
+    try:
+        respelled = joined(spell(without_margins(parsed(with_spaces(text))), whole=True))
+    except NotLatex:
+        return text
+    return respelled if looks(respelled) == looks(text) else text
+
+
+def without_margins(nodes):
+    """The nodes without spaces before and after, which a picture does not show."""
+    seen = [at for at, node in enumerate(nodes) if node[0] != "space"]
+    return nodes[seen[0] : seen[-1] + 1] if seen else []
+
+
+TEXT = re.compile("(" + "|".join(re.escape(name) for name in TEXTS) + r")\s*\{")
+
+
+def with_spaces(text):
+    r"""The same with `\ ` for each space in \text{...}, where TeX sees it; elsewhere it does not."""
+    if not TEXT.search(text) or all(len(TOKEN.findall(word)) == 1 for word in text.split()):
+        return text  # all tokens have spaces around them: these mean nothing
+    out, at = "", 0
+    while found := TEXT.search(text, at):
+        out, start, depth, dollars = out + text[at : found.end()], found.end(), 1, False
+        at = start
+        while depth and at < len(text):
+            letter = text[at]
+            dollars ^= letter == "$"
+            if letter == "\\":
+                out, at = out + text[at : at + 2], at + 2
+                continue
+            depth += (letter == "{") - (letter == "}")
+            out += r"\ " if letter == " " and not dollars and not out.endswith(r"\ ") else letter
+            at += 1
+    return out + text[at:]
+
+
+def joined(found):
+    """Tokens as a text, with a space where two would run together."""
+    out = ""
+    for before, token in zip(["", *found], found, strict=False):
+        word = before[:1] == "\\" and before[-1].isalpha()
+        out += " " + token if word and token[0].isalpha() else r"\ " if word and token == " " else token
+    return out
+
+
+def spell(nodes, whole=False):
+    """The tokens of a row. It is `whole` if it stands in braces or brackets of its own."""
+    nodes = as_commands(nodes)
+    while whole and len(nodes) == 1 and nodes[0][0] == "group":
+        nodes = as_commands(nodes[0][1])
+    return [token for node in nodes for token in SPELL[node[0]](*node[1:])]
+
+
+def as_commands(nodes):
+    r"""The nodes of a group, in which `\bf x` stands as `\mathbf{x}`, if that is all there is."""
+    first = nodes[0] if nodes else ("",)
+    if first[0] != "declare" or first[1][0] not in DECLARED or any(node[0] == "declare" for node in nodes[1:]):
+        return nodes
+    name = FONTS[FONT[first[1][0]]][0]
+    return [("command", name, None, [nodes[1:]])] if name in ARGUMENTS and nodes[1:] else nodes
+
+
+def braced(nodes):
+    return ["{", *spell(nodes, whole=True), "}"]
+
+
+def spell_symbol(token):
+    return [ALIASES.get(token, token)]
+
+
+def spell_space(found, width):
+    return [] if not found or found[0] in UNSEEN else found
+
+
+def spell_group(nodes, scripted=False):
+    inner = as_commands(nodes)
+    while len(inner) == 1 and inner[0][0] == "group":
+        inner = as_commands(inner[0][1])
+    part = inner[0] if len(inner) == 1 else ("",)
+    if is_ordinary(part) or (part[0] == "scripts" and is_ordinary(part[1]) and not scripted):
+        return spell(inner)
+    return ["{", *spell(inner), "}"]
+
+
+def is_ordinary(node):
+    """Whether a node is to TeX what it is in braces: braces around it are needless."""
+    if node[0] == "symbol":
+        return (len(node[1]) == 1 and node[1].isalnum()) or node[1] in ORDINARY
+    if node[0] == "command" and FONT.get(node[1]) in ("bold", "pmb"):
+        return all(map(is_ordinary, node[3][0]))
+    return node[0] == "group" or (node[0] == "command" and node[1] in IN_BRACES)
+
+
+IN_BRACES = {*FONT, *FRACTIONS, *INFIX.values(), *ACCENTS, r"\sqrt"} - {r"\not"}  # their own definitions have them
+
+
+def spell_scripts(base, below, above, limits):
+    found = spell_group(base[1], scripted=True) if base[0] == "group" else SPELL[base[0]](*base[1:])
+    primes = 0
+    while above and primes < len(above) and above[primes] == ("symbol", r"\prime"):
+        primes += 1
+    below, inner = (spell(nodes or [], whole=True) for nodes in (below, above))
+    if limits and (below or inner):
+        found = [*found, limits]
+    if below:
+        found = [*found, "_", "{", *below, "}"]
+    if inner and primes == len(above):
+        return [*found, *"'" * primes]
+    return [*found, "^", "{", *inner, "}"] if inner else found
+
+
+def spell_command(name, option, arguments):
+    if name in (r"\atop", r"\brack", r"\brace"):
+        return ["{", *spell(arguments[0]), name, *spell(arguments[1]), "}"]
+    if name in (r"\operatorname", r"\operatorname*"):
+        letters = "".join(node[1] for node in arguments[0] if node[0] == "symbol")
+        named = FUNCTIONS if name == r"\operatorname" else LIMITS
+        if "\\" + letters in named and all(node[0] == "symbol" for node in arguments[0]):
+            return ["\\" + letters]
+    name = {r"\bm": r"\boldsymbol", r"\frak": r"\mathfrak", r"\Bbb": r"\mathbb"}.get(name, name)
+    found = [name] if option is None else [name, "[", *spell(option), "]"]
+    return found + [token for nodes in arguments for token in braced(nodes)]
+
+
+def spell_pair(opening, nodes, closing):
+    return [r"\left", opening, *spell(nodes), r"\right", closing]
+
+
+def spell_text(name, nodes):
+    inner = spell(nodes)
+    return [name, "{", *(" " if token == r"\ " else token for token in inner), "}"]
+
+
+def spell_table(name, position, columns, rows):
+    plain = name not in ALIGNED or name == "cases"  # others put something of their own into each cell
+    lines = []
+    for row, gap in rows:
+        cells = [spell(nodes, whole=plain and not has_fill(nodes)) if nodes != [("group", [])] else [] for nodes in row]
+        cells = [cell if cell[:1] not in (["["], ["*"]) else ["{", "}", *cell] for cell in cells]
+        lines.append([*(token for at, cell in enumerate(cells) for token in (["&"] * bool(at) + cell)), r"\\", *gap])
+    if lines[-1] == [r"\\"]:
+        lines.pop()
+    content = [token for line in lines for token in line]
+    content = content[:-1] if content[-1:] == [r"\\"] else content
+    if name == "substack":
+        return [r"\substack", "{", *content, "}"]
+    opening = [rf"\begin{{{name}}}", *(["[", position, "]"] if position else [])]
+    opening += ["{", *columns, "}"] if name in ("array", "tabular", "alignedat") else []
+    return [*opening, *content, rf"\end{{{name}}}"]
+
+
+SPELL = {
+    "symbol": spell_symbol, "space": spell_space, "group": spell_group, "scripts": spell_scripts, "pair": spell_pair,
+    "bracket": lambda size, token: [size, token], "text": spell_text, "command": spell_command, "table": spell_table,
+    "formula": lambda nodes: ["$", *spell(nodes), "$"], "declare": lambda found: found,
+}  # fmt: skip

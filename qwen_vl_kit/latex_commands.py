@@ -61,6 +61,7 @@ LIMITS = "det gcd inf lim max min sup Pr liminf limsup injlim projlim"  # what b
 LIMITS = {"\\" + name: name for name in LIMITS.split()}
 INTEGRALS = {*names("int iint iiint iiiint oint oiint idotsint smallint")}
 BIG = {*names("sum prod coprod bigcup bigcap bigvee bigwedge bigoplus bigotimes bigodot biguplus bigsqcup intop")}
+LETTERS = {*names("O o L l AA aa AE ae OE oe ss i j")}
 GREEK = {*names("Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega")}  # those that have fonts
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,6 +141,8 @@ PREFERRED = names("""
     ll gg prec succ star asymp doteq setminus iint iiint coprod bigcup bigcap bigoplus bigotimes models vdash dashv top
     imath jmath longrightarrow longleftarrow Longrightarrow hookrightarrow surd S P
 """)
+# Those of them that are letters to TeX: braces around one change nothing.
+ORDINARY = {*PREFERRED[: PREFERRED.index(r"\Omega") + 1], *names("infty partial nabla ell hbar imath jmath")}
 STYLED = {"BOLD": r"\mathbf", "SCRIPT": r"\mathcal", "FRAKTUR": r"\mathfrak", "BLACK-LETTER": r"\mathfrak"}
 STYLED |= {"DOUBLE-STRUCK": r"\mathbb", "ITALIC": "", "BOLD ITALIC": r"\boldsymbol", "SANS-SERIF": r"\mathsf"}
 STYLED |= {"MONOSPACE": r"\mathtt"}
@@ -150,12 +153,15 @@ def of_characters():
     found = {}
     for command in [*(name for name in PREFERRED if name in SYMBOLS), *SYMBOLS]:
         code = SYMBOLS[command]
-        if re.fullmatch("[0-9A-F]{5}", code) and int(code, 16) > 0x9F and re.fullmatch(r"\\[A-Za-z]+", command):
-            found.setdefault(chr(int(code, 16)), [command])
+        if not re.fullmatch("[0-9A-F]{5}", code) or not re.fullmatch(r"\\[A-Za-z]+", command):
+            continue
+        character = chr(int(code, 16))
+        if not character.isascii() and unicodedata.category(character)[0] not in "MZ":  # accents follow their letter
+            found.setdefault(character, [command])
     found |= {"−": ["-"], "∗": ["*"], "∕": ["/"], "∣": ["|"], "∶": [":"], "·": [r"\cdot"], "⋅": [r"\cdot"], "ℎ": ["h"]}
     found |= {"µ": [r"\mu"], "Ω": [r"\Omega"], "∆": [r"\Delta"], "′": ["'"], "″": ["'"] * 2, "‴": ["'"] * 3}
     found |= {"‖": [r"\|"], "∖": [r"\setminus"], "⊥": [r"\perp"], "〈": [r"\langle"], "〉": [r"\rangle"]}
-    found |= {"∅": [r"\emptyset"], "△": [r"\triangle"], "ħ": [r"\hbar"], "\u00a0": ["~"], "\u2009": [r"\,"]}
+    found |= {"∅": [r"\emptyset"], "△": [r"\triangle"], "ħ": [r"\hbar"]}
     letters = [chr(code) for code in (*range(0x2100, 0x2150), *range(0x1D400, 0x1D800))]
     styles = {letter: styled(letter, found) for letter in letters if found.get(letter, [""])[0] not in PREFERRED}
     return found | {letter: styling for letter, styling in styles.items() if styling}
@@ -178,5 +184,5 @@ RAISED |= {letter: ("_", plain) for letter, plain in zip("₀₁₂₃₄₅₆�
 
 def is_known(command):
     """Whether a command is one of LaTeX's, as far as is known here."""
-    known = (SYMBOLS, ALIASES, DRAWN, DOTS, FUNCTIONS, LIMITS, INTEGRALS, BIG, ARGUMENTS, BRACKETS)
+    known = (SYMBOLS, ALIASES, DRAWN, DOTS, FUNCTIONS, LIMITS, INTEGRALS, BIG, ARGUMENTS, BRACKETS, LETTERS)
     return any(command in names for names in known)
