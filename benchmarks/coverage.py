@@ -19,7 +19,7 @@ from datasets import load_dataset
 from rapidfuzz.distance import Levenshtein
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from qwen_vl_kit import intervals, scores  # noqa: E402
+from qwen_vl_kit import intervals, latex, scores  # noqa: E402
 
 LIMIT = 128  # tokens, the script's --max_new_tokens
 
@@ -34,7 +34,7 @@ def counted(truth, tokens):
 def misread(truth, share, chance):
     """The tokens of a formula, of which about this share is wrong, missing or there twice."""
     read = []
-    for token in scores.LATEX_TOKEN.findall(truth):
+    for token in latex.tokens(truth):
         slips = [], [token] * 2, [chance.choice("abxy012+-=")]
         read += chance.choice(slips) if chance.random() < share else [token]
     return read
@@ -42,7 +42,7 @@ def misread(truth, share, chance):
 
 def runaway(truth, chance):
     """A few tokens of the formula, again and again up to the length limit."""
-    tokens = scores.LATEX_TOKEN.findall(truth)
+    tokens = latex.tokens(truth)
     start = chance.randrange(len(tokens))
     loop = tokens[start : start + chance.randint(1, 6)]
     return (tokens[:start] + loop * LIMIT)[:LIMIT]
@@ -93,7 +93,7 @@ def cer(sums):
 
 
 def bleu(sums):
-    return np.array([scores.ratios(row)[1] for row in sums.tolist()])
+    return np.array([scores.ratios(row)[-1] for row in sums.tolist()])
 
 
 def cases(truths, only):

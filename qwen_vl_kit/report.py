@@ -6,7 +6,7 @@
 Wraps `save`: when that has written `metrics.json`, `predictions.jsonl` and `held_out/`, this makes of them
 
 - `report.html`, one page to open from disk, without a network and without scripts;
-- more scores in `metrics.json` and `predictions.jsonl`: BLEU, formula match, is it LaTeX, and how sure each change is;
+- more scores in `metrics.json` and `predictions.jsonl`: BLEU, formula match, ..., and how sure each change is;
 - the adapter's model card, `adapter/README.md`, with the scores in the hub's own form.
 
 Of two runs the command makes one page that compares them (see `compare`).
@@ -24,7 +24,7 @@ from qwen_vl_kit.curves import curves
 from qwen_vl_kit.finished import metrics_of, predictions_of
 from qwen_vl_kit.recipe import changed_settings, facts, left_out, typed_names
 from qwen_vl_kit.report_page import TRAINED, between, make_page
-from qwen_vl_kit.scores import SCORES, as_text, change_as_text, held_out, score, warning
+from qwen_vl_kit.scores import SCORES, as_text, change_as_text, held_out, remarks, score, warning
 from qwen_vl_kit.sentences import first_line
 
 
@@ -50,6 +50,7 @@ def make(outputs):
     for name, text in files.items():
         write(outputs / name, text)
     print_summary(TRAINED, [metrics[name] for name in (*TRAINED, "difference")], len(predictions))
+    print(*remarks(predictions, metrics["after"], trained=True), sep="\n")
     print(f"Report: {outputs / 'report.html'}")
     show_in_notebook(page, outputs / "report.html")
 

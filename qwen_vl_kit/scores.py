@@ -1,12 +1,11 @@
 """Judges readings of formulas: BLEU, formula match, whether they are LaTeX, and how sure a change is.
 
-It wraps no step. The script writes for each held-out row how many characters are wrong, out of how many; that is the
-character error rate (CER) and exact match. What this adds is what spelling can't fool: whether two LaTeX strings are
-one formula, and by how much the scores could have differed on other rows.
+It wraps no step. The script writes for each held-out row how many characters are wrong, out of how many, spaces aside;
+that is the character error rate (CER). What this adds is what spelling can't fool: by `latex`, whether two texts are
+the same tokens, or look the same, and the CER of both in one spelling; and by how much the scores could have differed
+on other rows.
 """
 
-import re
-from itertools import accumulate, chain
 from typing import NamedTuple
 from xml.etree import ElementTree
 
@@ -15,7 +14,7 @@ from latex2mathml.converter import convert_to_element
 from rapidfuzz.distance import Levenshtein
 from sacrebleu.metrics import BLEU
 
-from qwen_vl_kit import intervals
+from qwen_vl_kit import intervals, latex
 
 
 class Score(NamedTuple):
@@ -27,72 +26,72 @@ class Score(NamedTuple):
 
 
 SCORES = {
-    "cer": Score("CER", "character error rate: edit distance over the length of the truth", True),
+    "cer": Score("CER", "character error rate: edit distance over the length of the truth, both without spaces", True),
+    "normalized_cer": Score(
+        "CER, spelling aside",
+        "CER of both in one spelling; the difference to CER is LaTeX that is written otherwise and looks the same",
+        True,
+    ),
     "bleu": Score("BLEU-4", "LaTeX tokens in common with the truth, in runs of up to four", False),
-    "exact_match": Score("exact match", "the same characters, spaces aside", False),
-    "formula_match": Score("formula match", "the same MathML, so the same formula, in most of its spellings", False),
+    "exact_match": Score("exact match", "the same LaTeX tokens", False),
+    "formula_match": Score("formula match", "it looks the same, however it is spelled", False),
     "is_latex": Score("is LaTeX", "braces match, no command lacks an argument", False),
     "cut": Score("cut off", "stopped by the length limit", True),
 }
+RATIOS = ("cer", "normalized_cer", "bleu")  # those that are computed from sums over the rows
 SHARES = ("exact_match", "formula_match", "is_latex", "cut")  # those that are a share of the rows
 FEW = 30  # with fewer rows, a share that has risen from 50 to 70% shows no clear change more often than not
 
 corpus_bleu = BLEU(tokenize="none", force=True, effective_order=True)
-LATEX_TOKEN = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+\*?|\\.|\S")
 
 
-def mathml(latex):
-    """The MathML of a formula, as a string that is the same for all its spellings. None if `latex` is not LaTeX.
-
-    Spaces, braces and the order of sub- and superscript don't count. What can't be LaTeX: braces that don't match,
-    commands without their arguments. A command that the converter does not know stands for itself.
-    """
-    tokens = LATEX_TOKEN.findall(latex)
-    depth = [*accumulate((token == "{") - (token == "}") for token in tokens)]
-    if not tokens or min(depth) < 0 or depth[-1] != 0:
+def mathml(text):
+    """The MathML of a formula, as a string, or None if `text` is not LaTeX or can't be converted."""
+    if latex.looks(text) is None:
         return None
     try:
-        return ElementTree.tostring(without_needless_rows(convert_to_element(" ".join(tokens))), encoding="unicode")
+        return ElementTree.tostring(convert_to_element(" ".join(latex.tokens(text))), encoding="unicode")
     except Exception:  # the converter raises its own kinds, IndexError, RecursionError, ...
         return None
 
 
-def without_needless_rows(formula):
-    """Replaces every <mrow> that has one child, or stands in another row, by its children, from the inside out."""
-    for node in reversed([*formula.iter()]):
-        in_row = node.tag in ("math", "mrow", "mstyle", "msqrt", "mtd")
-        parts = ([*child] if child.tag == "mrow" and (in_row or len(child) == 1) else [child] for child in node)
-        node[:] = chain.from_iterable([*parts])
-    return formula
+def characters(tokens):
+    """Tokens as the characters that are compared. A command ends in a space, so `\\alpha x` is not `\\alphax`."""
+    return "".join(f"{token} " if token[0] == "\\" and token[-1].isalpha() else token for token in tokens)
 
 
 def judge(truth, reading):
     """Adds its scores to a reading, {"text", "cut", "errors", "length"}. Returns the counts that `rates` sums up."""
-    wanted, read = (" ".join(LATEX_TOKEN.findall(latex)) for latex in (truth, reading["text"]))
-    bleu, formula, exact = corpus_bleu.sentence_score(read, [wanted]), mathml(reading["text"]), reading["errors"] == 0
+    wanted, read = latex.tokens(truth), latex.tokens(reading["text"])
+    bleu, exact = corpus_bleu.sentence_score(" ".join(read), [" ".join(wanted)]), read == wanted
+    plain_truth, plain = (characters(latex.normalized(text)) for text in (truth, reading["text"]))
+    errors, length = Levenshtein.distance(plain, plain_truth), max(len(plain_truth), 1)
     reading |= {
         "cer": reading["errors"] / reading["length"],
+        "normalized_errors": errors,
+        "normalized_length": length,
+        "normalized_cer": errors / length,
         "bleu": bleu.score / 100,
         "exact_match": exact,
-        "formula_match": exact or (formula is not None and formula == mathml(truth)),
-        "is_latex": formula is not None,
+        "formula_match": exact or latex.same(truth, reading["text"]),
+        "is_latex": latex.looks(reading["text"]) is not None,
     }
-    counts = [reading["errors"], reading["length"], bleu.sys_len, bleu.ref_len, *bleu.counts, *bleu.totals]
-    return counts + [reading[name] for name in SHARES]
+    counts = [reading["errors"], reading["length"], errors, length, bleu.sys_len, bleu.ref_len]
+    return [*counts, *bleu.counts, *bleu.totals, *(reading[name] for name in SHARES)]
 
 
 def ratios(sums):
-    """CER and BLEU of many readings, from the sums of what `judge` counted, a list."""
-    errors, length, *counts = sums
+    """The RATIOS of many readings, from the sums of what `judge` counted, a list."""
+    errors, length, normalized_errors, normalized_length, *counts = sums
     tokens, wanted_tokens, *runs = (round(count) for count in counts[:10])  # sacrebleu prints them as whole numbers
     bleu = corpus_bleu.compute_bleu(runs[:4], runs[4:], tokens, wanted_tokens, "exp", effective_order=True)
-    return errors / length, bleu.score / 100
+    return errors / length, normalized_errors / normalized_length, bleu.score / 100
 
 
 def rates(sums, rows):
     """All scores of many readings, from their number and the sums of what `judge` counted."""
     shares = (count / rows for count in sums[-len(SHARES) :])
-    return dict(zip(("cer", "bleu", *SHARES), (*ratios(sums), *shares), strict=True))
+    return dict(zip((*RATIOS, *SHARES), (*ratios(sums), *shares), strict=True))
 
 
 def extremes(counts, max_new_tokens):
@@ -100,13 +99,25 @@ def extremes(counts, max_new_tokens):
 
     `counts` is what it counted in others, (readings, columns).
     """
-    (_, length, _, wanted, *_), (errors, longest, tokens, longest_wanted, *_) = counts.mean(axis=0), counts.max(axis=0)
+    (_, length, _, normalized_length, _, wanted, *_), most = counts.mean(axis=0), counts.max(axis=0)
+    errors, longest, normalized_errors, normalized_longest, tokens, longest_wanted, *_ = most
     # A token has as many characters as in the truths. What is longer has been seen, so it is possible.
     errors = max(errors, longest, max_new_tokens * length / wanted)
+    normalized_errors = max(normalized_errors, normalized_longest, max_new_tokens * normalized_length / wanted)
     tokens = max(tokens, longest_wanted, max_new_tokens)
     runs = np.arange(4)  # of two tokens there is one less than there are tokens, ...
-    best = [0, length, wanted, wanted, *np.maximum(wanted - runs, 0), *np.maximum(wanted - runs, 0)]
-    worst = [errors, length, tokens, wanted, *[0] * 4, *np.maximum(tokens - runs, 0)]
+    best = [
+        0,
+        length,
+        0,
+        normalized_length,
+        wanted,
+        wanted,
+        *np.maximum(wanted - runs, 0),
+        *np.maximum(wanted - runs, 0),
+    ]
+    worst = [errors, length, normalized_errors, normalized_length, tokens, wanted]
+    worst += [*[0] * 4, *np.maximum(tokens - runs, 0)]
     return [extreme + [0] * len(SHARES) for extreme in (best, worst)]
 
 
@@ -148,6 +159,26 @@ def compare(truth, reading):
     """Adds to a reading, {"text"}, what the script counts: edit distance and length of the truth, without spaces."""
     truth, text = "".join(truth.split()), "".join(reading["text"].split())
     reading |= {"errors": Levenshtein.distance(text, truth), "length": len(truth)}
+
+
+def remarks(predictions, scores, trained=False):
+    """Sentences on what the scores mean, those of all the scored readings "after". The script has printed some before.
+
+    `trained` says that it was a run, of the script.
+    """
+    spelling, of = scores["cer"] - scores["normalized_cer"], " after training" * trained
+    said = [
+        f"Of the CER{of}, {as_text('cer', spelling)} is spelling: LaTeX that is written otherwise and looks the same."
+        if spelling >= 0.0005
+        else f"None of the CER{of} is spelling: what is written otherwise looks different, too."
+    ]
+    if trained and any((row["after"]["errors"] == 0) != row["after"]["exact_match"] for row in predictions):
+        by_characters = sum(row["after"]["errors"] == 0 for row in predictions) / len(predictions)
+        said.append(
+            "Exact match compares LaTeX tokens, without $...$ around a formula; by characters without spaces, as said "
+            f"right after training, it is {as_text('exact_match', by_characters)}."
+        )
+    return said
 
 
 def verdict(name, difference):
