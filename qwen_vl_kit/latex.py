@@ -24,11 +24,11 @@ from qwen_vl_kit.latex_commands import (
     ALIGNED,
     ANGLES,
     ARGUMENTS,
-    AROUND,
     AROUND_TABLES,
     BIG,
     BIGGER,
     BRACES,
+    BRACKETED,
     BRACKETS,
     BY_BRACES,
     CHARACTERS,
@@ -86,6 +86,8 @@ TOKEN = re.compile(
 )
 ENVIRONMENTS = ["equation", "equation*", "displaymath", "math"]
 DELIMITERS = [(["$", "$"], ["$", "$"]), (["$"], ["$"]), ([r"\["], [r"\]"]), ([r"\("], [r"\)"])]
+AROUND = {"$": "$...$", "$$": "$$...$$", r"\[": r"\[...\]", r"\(": r"\(...\)"}
+AROUND |= {rf"\begin{{{name}}}": rf"\begin{{{name}}}...\end{{{name}}}" for name in ENVIRONMENTS}
 DELIMITERS += [([rf"\begin{{{name}}}"], [rf"\end{{{name}}}"]) for name in ENVIRONMENTS]
 
 
@@ -154,7 +156,7 @@ def with_commands(found):
 # Parsing
 # ---------------------------------------------------------------------------------------------------------------------
 
-DEEPEST = 60  # braces in braces; TeX takes 255
+DEEPEST = 60  # things in one another; Python's own limit would end the run
 
 
 class Parser:
@@ -190,9 +192,6 @@ class Parser:
 
     def row(self, ends=()):
         """The nodes up to one of `ends`, or to the end of what surrounds them."""
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise NotLatex("too many braces in braces")
         nodes = []
         while (token := self.peek()) is not None:
             if token in ("}", r"\right", *ends) or token.startswith(r"\end{"):
@@ -203,7 +202,6 @@ class Parser:
                 nodes = [("command", INFIX[token], None, [nodes, above + self.row(ends)])]
                 break
             nodes.append(self.with_scripts())
-        self.depth -= 1
         return nodes
 
     def with_scripts(self):
@@ -263,7 +261,15 @@ class Parser:
         return nodes
 
     def atom(self):
-        token = self.next()
+        """The next node, with its arguments and without scripts."""
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise NotLatex("too many things in one another")
+        node = self.node(self.next())
+        self.depth -= 1
+        return node
+
+    def node(self, token):
         if token == "{":
             self.at -= 1
             return ("group", self.group())
@@ -644,7 +650,7 @@ def of_parts(context, name, option, arguments):
         inner = replace(context, display=name == r"\cfrac")
         parts = [written(items_of(nodes, inner)) for nodes in arguments]
         name = name.replace("dbinom", "binom").replace("tbinom", "binom")
-        opening, closing = AROUND.get(name, ("", ""))
+        opening, closing = BRACKETED.get(name, ("", ""))
         line = r"\frac" if name.endswith("frac") else r"\atop"
         drawn = [Item((line, *(token for part in parts for token in ("{", *part, "}"))), "box")]
         if opening:

@@ -50,6 +50,7 @@ class ExtraOptions:
     max_characters: int = 4000  # leave out rows whose LaTeX is longer: it would fill the memory
     save_merged: bool = False  # at the end, also write base and adapters as one 16-bit model
     save_gguf: str | None = None  # at the end, also write that as GGUF, for llama.cpp and Ollama: q8_0, ...
+    normalize_latex: bool = False  # write all formulas in one spelling, those to train on and the held-out ones
     num_validation_rows: int | None = None  # rows for the validation loss; None: num_test_rows
     early_stopping_patience: int | None = None  # stop after so many validation losses in a row without improvement
 

@@ -24,7 +24,7 @@ from qwen_vl_kit.sentences import fail
 # would be held out; other adapters or another optimizer can't take up the state; the rest is what the model learns.
 FIXED = (
     "seed", "batch_size", "num_test_rows", "num_validation_rows", "instruction", "min_pixels", "max_pixels",
-    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "optim",
+    "normalize_latex", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "optim",
 )  # fmt: skip
 # Schedules with a learning rate of their own, which a checkpoint restores.
 STATEFUL, RATES = {"reduce_lr_on_plateau", "greedy"}, ("lr_scheduler_type", "lr_scheduler_kwargs", "learning_rate")
@@ -53,9 +53,11 @@ def begin(options, extra, checkpoint, error):
             f"{checkpoint} was made without validation rows: leave out --eval_strategy, --num_validation_rows and "
             "--early_stopping_patience, or start a new run in another --output_dir"
         )
+    new = {field.name: field.default for field in fields(extra)}  # what an option was before the kit had it
     for name in FIXED:
-        if asked[name] != old["settings"].get(name):
-            then, now = (quote(str(value)) for value in (old["settings"].get(name), asked[name]))
+        then = old["settings"].get(name, new.get(name))
+        if asked[name] != then:
+            then, now = quote(str(then)), quote(str(asked[name]))
             error(
                 f"{checkpoint} was made with --{name} {then}, not {now}: resume it with --{name} {then}, or start a "
                 "new run in another --output_dir"
@@ -123,9 +125,10 @@ def fingerprint_of_model(name):
 
 def fingerprint_of_texts(rows, column):
     """A digest of all texts of a split, in their order."""
-    digest, texts = hashlib.sha256(), rows.select_columns(column)
+    digest, texts = hashlib.sha256(), rows.select_columns(column).with_format("arrow")  # as they are in the data set
     for start in range(0, len(texts), 10_000):
-        digest.update(json.dumps(texts[start : start + 10_000][column], default=str).encode())
+        some = texts[start : start + 10_000][column].to_pylist()
+        digest.update(json.dumps(some, default=str).encode())
     return digest.hexdigest()[:12]
 
 

@@ -18,8 +18,8 @@ from PIL import Image
 from rapidfuzz.distance import Levenshtein
 
 from qwen_vl_kit import mistakes
-from qwen_vl_kit.latex import tokens
-from qwen_vl_kit.scores import SCORES, as_text, change_as_text, held_out, mathml, verdict, warning
+from qwen_vl_kit.latex import looks, tokens
+from qwen_vl_kit.scores import SCORES, as_text, change_as_text, held_out, verdict, warning
 
 SHOWN = 240  # rows on the page: with more, it takes a browser seconds to open
 NEAR, NEARLY_RIGHT = "near", "nearly right"  # one token off: among the wrong ones a kind of its own
@@ -159,9 +159,12 @@ ATTRIBUTES = re.compile(
 
 def drawing(latex):
     """The formula as MathML for a page, or None. Readings are data: nothing in them becomes markup, style or a link."""
-    if mathml(latex) is None:
+    if looks(latex) is None:
         return None
-    formula = convert_to_element(" ".join(tokens(latex)))
+    try:
+        formula = convert_to_element(" ".join(tokens(latex)))
+    except Exception:  # the converter raises its own kinds, IndexError, RecursionError, ...
+        return None
     for node in formula.iter():
         node.tag = node.tag if TAGS.fullmatch(node.tag) else "mrow"
         node.text = html.unescape(node.text or "")  # the converter writes entities; tostring escapes what must be

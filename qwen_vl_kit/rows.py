@@ -1,7 +1,8 @@
 """Rows: what people's files look like, which rows can be used, and images as a person sees them.
 
-Wraps `load_splits` (any file the README names, images decoded with care), `choose_rows` (rows that can't be used are
-named and left out) and `order_rows` (held-out formulas that training images show, too, are counted).
+Wraps `load_splits` (any file the README names, images decoded with care, formulas respelled on demand), `choose_rows`
+(rows that can't be used are named and left out) and `order_rows` (held-out formulas that training images show, too, are
+counted, and formulas that stand in $...$).
 """
 
 import hashlib
@@ -9,19 +10,19 @@ import io
 import json
 import random
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from math import isinf
 from pathlib import Path
 
-from datasets import Image, load_dataset
+from datasets import Image, Value, load_dataset
 from datasets.config import DOWNLOADED_DATASETS_PATH
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image as Pillow
 from PIL import ImageOps
 from tqdm.auto import tqdm
 
-from qwen_vl_kit import run
+from qwen_vl_kit import latex, run
 from qwen_vl_kit.sentences import fail
 
 FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
@@ -95,6 +96,14 @@ class Picture(Image):
         return open_image(image_bytes(value, run.data_folder))
 
 
+@dataclass
+class Formula(Value):
+    """The type of a column of formulas that are respelled when they are asked for: a million at once take minutes."""
+
+    def decode_example(self, value, token_per_repo_id=None):
+        return latex.spelled(value)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,7 +112,16 @@ class Picture(Image):
 def load_splits(step, options):
     splits = as_found(options)
     check_columns(splits, options.dataset_train_split, "--dataset_train_split", options)
-    return with_pictures(splits, options)
+    return with_spelling(with_pictures(splits, options), options, run.extra.normalize_latex)
+
+
+def with_spelling(splits, options, uniform):
+    """The same splits, their formulas in one spelling if that is asked for."""
+    kinds = {str(getattr(rows.features[options.text_column], "dtype", "")) for rows in splits.values()}
+    if not uniform or kinds - {"string", "large_string"}:  # the rows of others are left out
+        return splits
+    print("Formulas are written in one spelling, in training and in what readings are compared with.")
+    return splits.cast_column(options.text_column, Formula("string"))
 
 
 def as_found(options):
@@ -248,15 +266,34 @@ def enough(options, others, lengths):
         )
 
 
+def texts_of(rows, numbers, column):
+    """The texts of some rows, as they are in the data set."""
+    return rows.select([*numbers]).select_columns(column).with_format("arrow")[:][column].to_pylist()
+
+
 def order_rows(step, lengths, options):
     run.order = step(lengths, options)
-
-    def formulas(rows, numbers):
-        return ["".join(text.split()) for text in rows.select([*numbers])[options.text_column]]
-
-    known = {*formulas(run.train_rows, {*run.order})}
-    seen = sum(formula in known for formula in formulas(run.test_rows, run.test_numbers))
+    trained = texts_of(run.train_rows, dict.fromkeys(run.order), options.text_column)
+    held_out = texts_of(run.test_rows, run.test_numbers, options.text_column)
+    known = {"".join(text.split()) for text in trained}
+    seen = sum("".join(text.split()) in known for text in held_out)
     run.notes["rows_of_seen_formulas"] = seen
     if seen:
         print(f"{seen} of the held-out images show formulas that also appear in training images")
+    if said := delimited(trained + held_out):
+        print(said)
     return run.order
+
+
+def delimited(texts):
+    """A sentence on how many formulas stand in $...$ or the like, if any does."""
+    counts = Counter(map(latex.delimiter, texts))
+    bare = counts.pop("", 0)
+    kinds = [f"{count} of {len(texts)} texts stand in {latex.AROUND[kind]}" for kind, count in counts.most_common()]
+    if not kinds:
+        return ""
+    if run.extra.normalize_latex:
+        return f"{', '.join(kinds)}: that is taken off"
+    if bare or len(kinds) > 1:
+        return f"{', '.join(kinds)}: the model learns all of that; --normalize_latex writes them in one way"
+    return f"{', '.join(kinds)}, and so will readings; scores look at what is inside"

@@ -7,10 +7,8 @@ on other rows.
 """
 
 from typing import NamedTuple
-from xml.etree import ElementTree
 
 import numpy as np
-from latex2mathml.converter import convert_to_element
 from rapidfuzz.distance import Levenshtein
 from sacrebleu.metrics import BLEU
 
@@ -43,16 +41,6 @@ SHARES = ("exact_match", "formula_match", "is_latex", "cut")  # those that are a
 FEW = 30  # with fewer rows, a share that has risen from 50 to 70% shows no clear change more often than not
 
 corpus_bleu = BLEU(tokenize="none", force=True, effective_order=True)
-
-
-def mathml(text):
-    """The MathML of a formula, as a string, or None if `text` is not LaTeX or can't be converted."""
-    if latex.looks(text) is None:
-        return None
-    try:
-        return ElementTree.tostring(convert_to_element(" ".join(latex.tokens(text))), encoding="unicode")
-    except Exception:  # the converter raises its own kinds, IndexError, RecursionError, ...
-        return None
 
 
 def characters(tokens):

@@ -105,7 +105,8 @@ def fill_in(wanted, source):
     elif not wanted.dataset_name:
         sys.exit(f"{source.name} says nothing of held-out rows: name a data set with --dataset_name.")
     filled = {name: usual[name] if value is None else value for name, value in given.items()}
-    return Namespace(**filled, max_length=None)
+    respelled = metrics.get("settings", {}).get("normalize_latex", False)  # what it has learned to write
+    return Namespace(**filled, normalize_latex=respelled, max_length=None)
 
 
 def rows_of(options):
@@ -113,7 +114,7 @@ def rows_of(options):
     splits = hub.load("data set", options.dataset_name, lambda: rows.as_found(options))
     split = options.dataset_test_split or next((name for name in SPLITS if name in splits), "test")
     rows.check_columns(splits, split, "--dataset_test_split", options)
-    return rows.with_pictures(splits, options)[split]
+    return rows.with_spelling(rows.with_pictures(splits, options), options, options.normalize_latex)[split]
 
 
 def choose(found, options, reads):
