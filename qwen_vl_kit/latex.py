@@ -59,6 +59,7 @@ from qwen_vl_kit.latex_commands import (
     RAISED,
     ROW_ENDS,
     SIZES,
+    SMALL_GREEK,
     SPACES,
     STACKS,
     STYLES,
@@ -315,9 +316,11 @@ class Parser:
     def command(self, name):
         option = self.option() if name in OPTIONAL else None
         if name in LENGTHS:
-            length = self.raw()
-            across = name.startswith(r"\h")
-            return ("space", [name, *length], width_of("".join(length[1:-1])) if across else 0)
+            found = self.raw()
+            length = "".join(found[1:-1])
+            if "\\" not in length and not LENGTH.match(length):
+                raise NotLatex(f"{name} without a length")
+            return ("space", [name, *found], width_of(length) if name.startswith(r"\h") else 0)
         if name == r"\label":
             self.argument()
             return ("space", [], 0)
@@ -457,7 +460,7 @@ class Item:
     """Something drawn, with what stands below and above it.
 
     kind: "symbol"; "operator" (a large one); "name" (of an operator, `parts`); "brace"; "stack" (with limits); "box"
-    (anything else); "empty" (scripts of nothing); "scope" (changes all that follows in a group, which then is one
+    (anything else); "empty" (scripts of nothing); "null" (a bracket that is not drawn); "scope" (changes all that follows in a group, which then is one
     item, "scoped"); "space".
     """
 
@@ -523,9 +526,12 @@ def upright(letters):
 
 
 def font_of(token, context):
-    """The font of a symbol, "" for the usual one. Only letters, digits and capital Greek have others."""
+    """The font of a symbol, "" for the usual one. Only letters and digits have others.
+
+    Which ones small Greek letters have depends on what draws them, so those that are asked for are told apart.
+    """
     letter, other = len(token) == 1 and token.isalpha(), token.isdigit() or token in GREEK
-    font = context.font if letter or other else ""
+    font = context.font if letter or other or token in SMALL_GREEK else ""
     if (letter and font in ("it", "mit")) or (other and font == "rm"):
         font = ""
     if context.bold and not font:
@@ -567,6 +573,8 @@ def seen_scripts(context, base, below, above, limits):
         usual = last.kind in ("brace", "stack") or (context.display and last.tokens[:1] not in INTEGRAL_TOKENS)
         if last.kind != "stack" and (limits == r"\limits" or (usual and limits != r"\nolimits")):
             return stacked(inner, below, above)
+    if base[0] == "pair":
+        return [*inner[:-1], replace(last, below=below, above=above)]
     return beside(inner, below, above)
 
 
@@ -581,14 +589,13 @@ def beside(inner, below, above):
         return [Item((), "empty", below=below, above=above)]
     last, drawn = inner[-1], [item for item in inner if item.kind != "space"]
     simple = all(item.kind == "symbol" and item.bare() for item in drawn)
-    bracketed = drawn and drawn[0].tokens[:1] != drawn[0].tokens[1:] and in_brackets(drawn)
+    bracketed = drawn and drawn[0].tokens[:1] in OPENING_TOKENS and drawn[-1].tokens[:1] in CLOSING_TOKENS
     if last.bare() and last.kind != "space" and (len(inner) == 1 or simple or bracketed):
         return [*inner[:-1], replace(last, below=below, above=above)]
     return [Item(("{", *written(inner), "}"), "box", below=below, above=above)]
 
 
-def in_brackets(items):
-    return items[0].tokens[0] in OPENING and items[-1].tokens[0] in CLOSING
+OPENING_TOKENS, CLOSING_TOKENS = ({(token,) for token in tokens} for tokens in (OPENING, CLOSING))
 
 
 def stacked(inner, below, above):
@@ -604,7 +611,7 @@ def stacked(inner, below, above):
 
 
 def seen_pair(context, opening, nodes, closing):
-    ends = [[Item((), "empty")] if end == "." else seen_symbol(context, end) for end in (opening, closing)]
+    ends = [[Item((), "null")] if end == "." else seen_symbol(context, end) for end in (opening, closing)]
     return [*ends[0], *grouped(items_of(nodes, context)), *ends[1]]
 
 
@@ -726,9 +733,13 @@ def columns_of(columns, name, width):
             continue
         if token in (">", "<") or token in ("@", "!", "|"):
             lines.setdefault(len(letters), []).extend([token, *argument])
-        else:
+        elif token in "lcrpmbX":
             letters.append("".join([token, *argument]))
-    return (letters + ["c"] * width)[:width], lines
+        else:
+            raise NotLatex(f"{token} is no column")
+    if len(letters) < width:
+        raise NotLatex(f"{width} cells in {len(letters)} columns")
+    return letters[:width], lines
 
 
 def closing_brace(found, at):
@@ -769,7 +780,7 @@ def finished(items):
         if item.kind == "space":
             width, apart = width + item.width, True
             continue
-        if item.kind == "empty" and item.bare():
+        if item.kind in ("empty", "null") and item.bare():
             continue
         if item.kind == "empty" and out and not apart and out[-1].kind == "symbol" and out[-1].bare():
             out[-1] = replace(out[-1], below=item.below, above=item.above)  # x{}_1
@@ -999,3 +1010,143 @@ SPELL = {
     "bracket": lambda size, token: [size, token], "text": spell_text, "command": spell_command, "table": spell_table,
     "formula": lambda nodes: ["$", *spell(nodes), "$"], "declare": lambda found: found,
 }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What counts as the same
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Each row: what it is about, two spellings, and whether they count as the same. Each is a test.
+TABLE = [
+    ("what stands around a formula", r"$x$", r"x", True),
+    ("what stands around a formula", r"\[x\]", r"\begin{equation*}x\end{equation*}", True),
+    ("what stands around a formula", r"$x$ and $y$", r"x$ and $y", False),
+    ("spaces", r"a \, b \quad c ~ d \! e", r"abcde", True),
+    ("spaces", r"\text{for all}\;x", r"\mathrm{for all}x", True),
+    ("spaces", r"x \hspace{1cm} y \phantom{z}", r"xy", True),
+    ("spaces", r"\alpha x", r"\alphax", False),
+    ("spaces", r"a \ x i", r"a \xi", False),
+    ("one symbol drawn over another", r"D\!\!\!\!/", r"D\hspace{-0.5em}/", True),
+    ("one symbol drawn over another", r"D\!\!\!\!/", r"D/", False),
+    ("sizes of brackets", r"\left(\frac{a}{b}\right)^2", r"(\frac{a}{b})^2", True),
+    ("sizes of brackets", r"\Big[ a \Big]", r"[a]", True),
+    ("sizes of brackets", r"\left.\frac{a}{b}\right|_0", r"\frac{a}{b}\bigg|_0", True),
+    ("sizes of brackets", r"\left<x\right>", r"\langle x\rangle", True),
+    ("sizes of brackets", r"\left<x\right>", r"<x>", False),
+    ("sizes of brackets", r"(x)", r"[x]", False),
+    ("styles", r"\displaystyle\frac{a}{b}", r"\frac{a}{b}", True),
+    ("styles", r"\dfrac{a}{b}+\tfrac{a}{b}", r"\frac{a}{b}+\frac{a}{b}", True),
+    ("styles", r"\textstyle\sum_i a", r"\sum_i a", False),
+    ("styles", r"\frac{\sum_i a}{b}", r"\frac{\displaystyle\sum_i a}{b}", False),
+    ("styles", r"e^{\displaystyle x}", r"e^x", False),
+    ("styles", r"a{\scriptstyle b}", r"ab", False),
+    ("styles", r"{\tiny a}b", r"ab", False),
+    ("limits", r"\sum\limits_i a", r"\sum_i a", True),
+    ("limits", r"\int\nolimits_a^b x", r"\int_a^b x", True),
+    ("limits", r"\sum\nolimits_i a", r"\sum_i a", False),
+    ("limits", r"\int\limits_a^b x", r"\int_a^b x", False),
+    ("limits", r"{\sum}_i a", r"\sum_i a", False),
+    ("limits", r"\underset{x}{\lim}f", r"\lim_x f", True),
+    ("limits", r"\mathrm{lim}_x f", r"\lim_x f", False),
+    ("names", r"\operatorname{ln} x", r"\ln x", True),
+    ("names", r"\mathrm{ln} x", r"\ln x", True),
+    ("names", r"\operatorname*{lim}_x", r"\lim_x", True),
+    ("names", r"\operatorname{lim}_x", r"\lim_x", False),
+    ("names", r"\sin x", r"sin x", False),
+    ("accents over one symbol", r"\bar x", r"\overline{x}", True),
+    ("accents over one symbol", r"\hat x", r"\widehat{x}", True),
+    ("accents over one symbol", r"\tilde x", r"\widetilde{x}", True),
+    ("accents over one symbol", r"\vec x", r"\overrightarrow{x}", False),
+    ("accents over more", r"\bar{ab}", r"\overline{ab}", False),
+    ("accents over more", r"\hat{a}b", r"\hat{ab}", False),
+    ("accents", r"\hat{i}", r"\hat{\imath}", False),
+    ("primes", r"f''", r"f^{\prime\prime}", True),
+    ("primes", r"f_1'", r"f^{\prime}_1", True),
+    ("primes", r"f'^2", r"f^{\prime 2}", True),
+    ("primes", r"f^{'}", r"f'", False),
+    ("primes", r"f'", r"f^1", False),
+    ("scripts", r"x^2_1", r"x_{1}^{2}", True),
+    ("scripts", r"x\sp2\sb1", r"x_1^2", True),
+    ("scripts", r"{ab}^2", r"ab^2", True),
+    ("scripts", r"{\left(x\right)}^2", r"(x)^2", True),
+    ("scripts", r"x_{}^2", r"x^2", True),
+    ("scripts", r"{x_1}^2", r"x_1^2", False),
+    ("scripts", r"{x'}^2", r"x'^2", False),
+    ("scripts", r"x_{12}", r"x_12", False),
+    ("scripts", r"x^2", r"x_2", False),
+    ("scripts", r"x^{a^b}", r"x^{ab}", False),
+    ("empty groups", r"x{}_1", r"x_1", True),
+    ("empty groups", r"{}a{}+{}b", r"a+b", True),
+    ("empty groups", r"R^a{}_b", r"R^a_b", False),
+    ("empty groups", r"a\,{}_1F_1", r"a_1F_1", False),
+    ("needless braces", r"\frac12", r"{\frac{1}{2}}", True),
+    ("needless braces", r"\sqrt{{x}}+{y}", r"\sqrt x+y", True),
+    ("needless braces", r"\sqrt{x}y", r"\sqrt{xy}", False),
+    ("fonts", r"{\bf ab}", r"\mathbf{ab}", True),
+    ("fonts", r"\mathbf{a}\mathbf{b}", r"\mathbf{ab}", True),
+    ("fonts", r"{\bf k \cdot r}", r"\mathbf{k}\cdot\mathbf{r}", True),
+    ("fonts", r"{\cal L}", r"\mathcal{L}", True),
+    ("fonts", r"\mathit{x}", r"x", True),
+    ("fonts", r"\mathrm{2\Gamma}", r"2\Gamma", True),
+    ("fonts", r"\text{if $x$}", r"\mathrm{if}x", True),
+    ("fonts", r"\bm{x}", r"\boldsymbol{x}", True),
+    ("fonts", r"\mathbf{x}", r"\boldsymbol{x}", False),
+    ("fonts", r"\mathbf{x}", r"x", False),
+    ("fonts", r"\mathrm{x}", r"x", False),
+    ("fonts", r"\mathbf{\omega}", r"\omega", False),
+    ("fonts", r"\mathscr{L}", r"\mathcal{L}", False),
+    ("fonts", r"\mathbf{1}", r"1", False),
+    ("fonts", r"\text{a-b}", r"\mathrm{a-b}", False),
+    ("equivalent commands", r"a\le b\ge c\ne d", r"a\leq b\geq c\neq d", True),
+    ("equivalent commands", r"\vert x\vert", r"|x|", True),
+    ("equivalent commands", r"a\mid b", r"a|b", True),
+    ("equivalent commands", r"\|x\|", r"\Vert x\Vert", True),
+    ("equivalent commands", r"\|x\|", r"||x||", False),
+    ("equivalent commands", r"\lbrace a\rbrace\lbrack b\rbrack", r"\{a\}[b]", True),
+    ("equivalent commands", r"a\to b\land c", r"a\rightarrow b\wedge c", True),
+    ("equivalent commands", r"a\not=b", r"a\neq b", True),
+    ("equivalent commands", r"a^\dag\ast b", r"a^\dagger*b", True),
+    ("equivalent commands", r"\epsilon\phi\theta", r"\varepsilon\phi\theta", False),
+    ("equivalent commands", r"\epsilon\phi\theta", r"\epsilon\varphi\theta", False),
+    ("equivalent commands", r"\setminus", r"/", False),
+    ("dots", r"a,\dots,b", r"a,\ldots,b", True),
+    ("dots", r"a,\ldots,b", r"a,...,b", True),
+    ("dots", r"a+\cdots+b", r"a+\dotsb+b", True),
+    ("dots", r"a+\cdots+b", r"a+\ldots+b", False),
+    ("dots", r"\vdots", r"\ddots", False),
+    ("fractions", r"{a\over b}", r"\frac{a}{b}", True),
+    ("fractions", r"\binom{n}{k}", r"{n\choose k}", True),
+    ("fractions", r"\binom{n}{k}", r"\left({n\atop k}\right)", True),
+    ("fractions", r"\binom{n}{k}", r"(\frac{n}{k})", False),
+    ("fractions", r"\frac{a}{b}", r"\frac{b}{a}", False),
+    ("fractions", r"\frac{a}{b}", r"a/b", False),
+    ("one above the other", r"\stackrel{?}{=}", r"\overset{?}{=}", True),
+    ("one above the other", r"\overset{a}{b}", r"b^a", False),
+    ("one above the other", r"\underbrace{a}_b", r"\underbrace{a}b", False),
+    ("tables", r"\begin{array}{cc}a&b\\c&d\end{array}", r"\begin{matrix}a&b\\c&d\end{matrix}", True),
+    ("tables", r"\begin{pmatrix}a&b\\c&d\end{pmatrix}", r"\left(\begin{array}{cc}a&b\\c&d\\\end{array}\right)", True),
+    ("tables", r"\begin{cases}a&b\\c&d\end{cases}", r"\left\{\begin{array}{ll}a&b\\c&d\end{array}\right.", True),
+    ("tables", r"\begin{aligned}a&=b\\&=c\end{aligned}", r"\begin{array}{rl}a&=b\\&=c\end{array}", True),
+    ("tables", r"\begin{aligned}a&=b\end{aligned}", r"a=b", True),
+    ("tables", r"\begin{array}{c}x\end{array}", r"x", True),
+    ("tables", r"\begin{array}{lc}a&b\\c&d\end{array}", r"\begin{array}{cc}a&b\\c&d\end{array}", False),
+    ("tables", r"\begin{array}{c|c}a&b\\c&d\end{array}", r"\begin{array}{cc}a&b\\c&d\end{array}", False),
+    ("tables", r"\begin{matrix}a&b\\c&d\end{matrix}", r"\begin{matrix}a&b\\d&c\end{matrix}", False),
+    ("tables", r"\begin{matrix}a&b\\c&d\end{matrix}", r"\begin{matrix}a&b&c&d\end{matrix}", False),
+    ("tables", r"\begin{pmatrix}a\\b\end{pmatrix}", r"\begin{bmatrix}a\\b\end{bmatrix}", False),
+    ("Unicode", "α≤∞", r"\alpha\leq\infty", True),
+    ("Unicode", "x²³+a₁", r"x^{23}+a_1", True),
+    ("Unicode", "𝐱 + ℝ − 𝑦", r"\mathbf{x}+\mathbb{R}-y", True),
+    ("Unicode", "\\text{caf\u00e9}", "\\text{cafe\u0301}", True),
+    ("Unicode", "\\text{caf\u00e9}", r"\text{cafe}", False),
+    ("Unicode", "ε", r"\epsilon", False),
+    ("Unicode", "φ", r"\phi", False),
+    ("what is not seen", r"x \label{eq:one} \nonumber", r"x", True),
+    ("what is not seen", r"x \tag{1}", r"x", False),
+    ("commands that are not known", r"{\strange a}b", r"{\strange ab}", False),
+    ("commands that are not known", r"\strange{ab}", r"\strange{a}b", False),
+    ("other formulas", r"a+b", r"a-b", False),
+    ("other formulas", r"ab", r"ba", False),
+    ("other formulas", r"x", r"X", False),
+    ("other formulas", r"a", r"\alpha", False),
+]  # fmt: skip

@@ -62,7 +62,7 @@ LIMITS = {"\\" + name: name for name in LIMITS.split()}
 INTEGRALS = {*names("int iint iiint iiiint oint oiint idotsint smallint")}
 BIG = {*names("sum prod coprod bigcup bigcap bigvee bigwedge bigoplus bigotimes bigodot biguplus bigsqcup intop")}
 LETTERS = {*names("O o L l AA aa AE ae OE oe ss i j")}
-GREEK = {*names("Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega")}  # those that have fonts
+GREEK = {*names("Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega")}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Fonts and sizes
@@ -141,6 +141,7 @@ PREFERRED = names("""
     ll gg prec succ star asymp doteq setminus iint iiint coprod bigcup bigcap bigoplus bigotimes models vdash dashv top
     imath jmath longrightarrow longleftarrow Longrightarrow hookrightarrow surd S P
 """)
+SMALL_GREEK = {*PREFERRED[: PREFERRED.index(r"\omega") + 1]}
 # Those of them that are letters to TeX: braces around one change nothing.
 ORDINARY = {*PREFERRED[: PREFERRED.index(r"\Omega") + 1], *names("infty partial nabla ell hbar imath jmath")}
 STYLED = {"BOLD": r"\mathbf", "SCRIPT": r"\mathcal", "FRAKTUR": r"\mathfrak", "BLACK-LETTER": r"\mathfrak"}
