@@ -157,7 +157,7 @@ def with_commands(found):
 # Parsing
 # ---------------------------------------------------------------------------------------------------------------------
 
-DEEPEST = 60  # things in one another; Python's own limit would end the run
+DEEPEST = 80  # things in one another; Python's own limit would end the run
 
 
 class Parser:
@@ -193,6 +193,7 @@ class Parser:
 
     def row(self, ends=()):
         """The nodes up to one of `ends`, or to the end of what surrounds them."""
+        self.deeper()
         nodes = []
         while (token := self.peek()) is not None:
             if token in ("}", r"\right", *ends) or token.startswith(r"\end{"):
@@ -203,7 +204,13 @@ class Parser:
                 nodes = [("command", INFIX[token], None, [nodes, above + self.row(ends)])]
                 break
             nodes.append(self.with_scripts())
+        self.depth -= 1
         return nodes
+
+    def deeper(self):
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise NotLatex("too many things in one another")
 
     def with_scripts(self):
         """The next node with its sub- and superscript."""
@@ -221,7 +228,7 @@ class Parser:
                 if below is not None:
                     raise NotLatex("two subscripts")
                 self.at += 1
-                below = self.argument()
+                below = self.script()
             else:
                 if above is not None:
                     raise NotLatex("two superscripts")
@@ -231,11 +238,16 @@ class Parser:
                     self.at += 1
                 if self.peek() in ("^", r"\sp"):
                     self.at += 1
-                    above += self.argument()
+                    above += self.script()
         return base if below is above is limits is None else ("scripts", base, below, above, limits)
 
     def is_script(self, token):
         return token in ("_", "^", r"\sb", r"\sp") or (token == "'" and not self.in_text)
+
+    def script(self):
+        if self.peek() in MU or self.peek() in KERNS:
+            raise NotLatex("a space as a script")
+        return self.argument()
 
     def argument(self):
         """The nodes of a command's argument: a group, or what comes next."""
@@ -263,9 +275,7 @@ class Parser:
 
     def atom(self):
         """The next node, with its arguments and without scripts."""
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise NotLatex("too many things in one another")
+        self.deeper()
         node = self.node(self.next())
         self.depth -= 1
         return node
@@ -460,8 +470,8 @@ class Item:
     """Something drawn, with what stands below and above it.
 
     kind: "symbol"; "operator" (a large one); "name" (of an operator, `parts`); "brace"; "stack" (with limits); "box"
-    (anything else); "empty" (scripts of nothing); "null" (a bracket that is not drawn); "scope" (changes all that follows in a group, which then is one
-    item, "scoped"); "space".
+    (anything else); "empty" (scripts of nothing); "null" (a bracket that is not drawn); "scope" (changes all that
+    follows in a group, which then is one item, "scoped"); "space".
     """
 
     tokens: tuple
@@ -854,11 +864,10 @@ def spelled(text):
     Nothing around it, commands in place of Unicode, one name for commands that do the same, braces around arguments
     and nowhere else, spaces only where TeX needs them. What is not LaTeX stays as it is.
     """
-    try:
-        respelled = joined(spell(without_margins(parsed(with_spaces(text))), whole=True))
-    except NotLatex:
+    if (seen := looks(text)) is None:
         return text
-    return respelled if looks(respelled) == looks(text) else text
+    respelled = joined(spell(without_margins(parsed(with_spaces(text))), whole=True))
+    return respelled if looks(respelled) == seen else text
 
 
 def without_margins(nodes):

@@ -61,7 +61,7 @@ LIMITS = "det gcd inf lim max min sup Pr liminf limsup injlim projlim"  # what b
 LIMITS = {"\\" + name: name for name in LIMITS.split()}
 INTEGRALS = {*names("int iint iiint iiiint oint oiint idotsint smallint")}
 BIG = {*names("sum prod coprod bigcup bigcap bigvee bigwedge bigoplus bigotimes bigodot biguplus bigsqcup intop")}
-LETTERS = {*names("O o L l AA aa AE ae OE oe ss i j")}
+LETTERS = {*names("O o L l AA aa AE ae OE oe ss i j bmod dag ddag copyright pounds")}
 GREEK = {*names("Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega")}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,10 +154,11 @@ def of_characters():
     found = {}
     for command in [*(name for name in PREFERRED if name in SYMBOLS), *SYMBOLS]:
         code = SYMBOLS[command]
-        if not re.fullmatch("[0-9A-F]{5}", code) or not re.fullmatch(r"\\[A-Za-z]+", command):
+        if not re.fullmatch("[0-9A-F]{5}", code) or not re.fullmatch(r"\\[A-Za-z]+", command) or command in ARGUMENTS:
             continue
         character = chr(int(code, 16))
-        if not character.isascii() and unicodedata.category(character)[0] not in "MZ":  # accents follow their letter
+        usable = not character.isascii() and unicodedata.is_normalized("NFC", character)
+        if usable and unicodedata.category(character)[0] not in "MZ":  # accents follow their letter
             found.setdefault(character, [command])
     found |= {"−": ["-"], "∗": ["*"], "∕": ["/"], "∣": ["|"], "∶": [":"], "·": [r"\cdot"], "⋅": [r"\cdot"], "ℎ": ["h"]}
     found |= {"µ": [r"\mu"], "Ω": [r"\Omega"], "∆": [r"\Delta"], "′": ["'"], "″": ["'"] * 2, "‴": ["'"] * 3}

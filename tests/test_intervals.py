@@ -151,7 +151,7 @@ def test_a_value_is_in_its_interval():
             for name, difference in scores.score(readings, seed)[2].items():
                 low, high = difference["interval"]
                 assert low <= difference["value"] <= high and low < high, (name, rows, seed)
-                assert name == "cer" or -1 - 1e-9 <= low <= high <= 1 + 1e-9
+                assert name in ("cer", "normalized_cer") or -1 - 1e-9 <= low <= high <= 1 + 1e-9
     assert scores.score(readings, seed=1) == scores.score(readings, seed=1), "not decided by the seed"
 
 
