@@ -274,9 +274,9 @@ def changed(tokens, words, chance):
 # Commands that draw nothing by themselves: they may come and go where what they change is not there.
 QUIET = r"""
     { } & \\ \left \right \displaystyle \textstyle \scriptstyle \scriptscriptstyle \limits \mathrm \mathbf \mathcal
-    \mathit \mathsf \cal \bf \it \rm \tt \sl \sf \mit \operatorname \operatorname* \big \Big \bigg \Bigg \bigl \bigr \Bigl
-    \Bigr \biggl \biggr \Biggl \Biggr \smash \mathord \mathbin \mathrel \textrm \textup \textit \textnormal \makebox
-    \emph
+    \mathit \mathsf \cal \bf \it \rm \tt \sl \sf \mit \operatorname \operatorname* \big \Big \bigg \Bigg \bigl \bigr
+    \Bigl \Bigr \biggl \biggr \Biggl \Biggr \smash \mathord \mathbin \mathrel \textrm \textup \textit \textnormal
+    \makebox \emph
 """
 QUIET = {*QUIET.split(), *MU}
 GROUP = r"(?:\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}|\S+)"
