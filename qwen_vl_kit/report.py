@@ -50,7 +50,7 @@ def make(outputs):
     for name, text in files.items():
         write(outputs / name, text)
     print_summary(TRAINED, [metrics[name] for name in (*TRAINED, "difference")], len(predictions))
-    print(*remarks(predictions, metrics["after"], trained=True), sep="\n")
+    print(*remarks(predictions, trained=True), sep="\n")
     print(f"Report: {outputs / 'report.html'}")
     show_in_notebook(page, outputs / "report.html")
 

@@ -27,7 +27,7 @@ SCORES = {
     "cer": Score("CER", "character error rate: edit distance over the length of the truth, both without spaces", True),
     "normalized_cer": Score(
         "CER, spelling aside",
-        "CER of both in one spelling; the difference to CER is LaTeX that is written otherwise and looks the same",
+        "CER of both in one spelling; what CER is higher by is LaTeX that is written otherwise and looks the same",
         True,
     ),
     "bleu": Score("BLEU-4", "LaTeX tokens in common with the truth, in runs of up to four", False),
@@ -149,19 +149,23 @@ def compare(truth, reading):
     reading |= {"errors": Levenshtein.distance(text, truth), "length": len(truth)}
 
 
-def remarks(predictions, scores, trained=False):
-    """Sentences on what the scores mean, those of all the scored readings "after". The script has printed some before.
+def remarks(predictions, trained=False):
+    """Sentences on what the scores of the readings "after" mean.
 
-    `trained` says that it was a run, of the script.
+    `trained` says that it was a run of the script, which has printed some of them before.
     """
-    spelling, of = scores["cer"] - scores["normalized_cer"], " after training" * trained
+    readings = [row["after"] for row in predictions]
+    of, alike = " after training" * trained, [one for one in readings if one["formula_match"] and one["errors"]]
+    part = sum(one["errors"] for one in alike) / sum(one["length"] for one in readings)
     said = [
-        f"Of the CER{of}, {as_text('cer', spelling)} is spelling: LaTeX that is written otherwise and looks the same."
-        if spelling >= 0.0005
-        else f"None of the CER{of} is spelling: what is written otherwise looks different, too."
+        f"{len(alike)} reading{'s' * (len(alike) != 1)} that look{'s' * (len(alike) == 1)} right "
+        f"{'is' if len(alike) == 1 else 'are'} spelled otherwise: {as_text('cer', part)} of the CER{of}. What CER is "
+        "higher by than CER, spelling aside, is such spelling, not misreading."
+        if alike
+        else "Each reading that looks right is also spelled like the truth."
     ]
-    if trained and any((row["after"]["errors"] == 0) != row["after"]["exact_match"] for row in predictions):
-        by_characters = sum(row["after"]["errors"] == 0 for row in predictions) / len(predictions)
+    if trained and any((one["errors"] == 0) != one["exact_match"] for one in readings):
+        by_characters = sum(one["errors"] == 0 for one in readings) / len(readings)
         said.append(
             "Exact match compares LaTeX tokens, without $...$ around a formula; by characters without spaces, as said "
             f"right after training, it is {as_text('exact_match', by_characters)}."

@@ -185,5 +185,5 @@ def save(wanted, options, found, predictions, names, about):
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
     report.print_summary(names, judged, len(predictions))
-    print(*scores.remarks(predictions, judged[len(names) - 1]), sep="\n")
+    print(*scores.remarks(predictions), sep="\n")
     print(f"Report: {folder / 'report.html'}")
