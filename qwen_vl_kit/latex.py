@@ -862,11 +862,11 @@ def spelled(text):
     """A formula in uniform spelling that is drawn as before, spaces and sizes included: for training.
 
     Nothing around it, commands in place of Unicode, one name for commands that do the same, braces around arguments
-    and nowhere else, spaces only where TeX needs them. What is not LaTeX stays as it is.
+    and nowhere else, a space between tokens, as in the public data sets. What is not LaTeX stays as it is.
     """
     if (seen := looks(text)) is None:
         return text
-    respelled = joined(spell(without_margins(parsed(with_spaces(text))), whole=True))
+    respelled = " ".join(spell(without_margins(parsed(with_spaces(text))), whole=True))
     return respelled if looks(respelled) == seen else text
 
 
@@ -934,7 +934,7 @@ def spell_symbol(token):
 
 
 def spell_space(found, width):
-    return [] if not found or found[0] in UNSEEN else found
+    return [] if not found or found[0] in UNSEEN else [joined(found)]  # TeX takes no spaces in a length
 
 
 def spell_group(nodes, scripted=False):
@@ -984,6 +984,8 @@ def spell_command(name, option, arguments):
             return ["\\" + letters]
     name = {r"\bm": r"\boldsymbol", r"\frak": r"\mathfrak", r"\Bbb": r"\mathbb"}.get(name, name)
     found = [name] if option is None else [name, "[", *spell(option), "]"]
+    if name in (r"\textcolor", r"\colorbox"):
+        found, arguments = [joined([*found, *braced(arguments[0])])], arguments[1:]
     return found + [token for nodes in arguments for token in braced(nodes)]
 
 
@@ -993,7 +995,8 @@ def spell_pair(opening, nodes, closing):
 
 def spell_text(name, nodes):
     inner = spell(nodes)
-    return [name, "{", *(" " if token == r"\ " else token for token in inner), "}"]
+    # Here TeX sees spaces.
+    return [joined([name, "{", *(" " if token == r"\ " else token for token in inner), "}"])]
 
 
 def spell_table(name, position, columns, rows):
@@ -1002,7 +1005,9 @@ def spell_table(name, position, columns, rows):
     for row, gap in rows:
         cells = [spell(nodes, whole=plain and not has_fill(nodes)) if nodes != [("group", [])] else [] for nodes in row]
         cells = [cell if cell[:1] not in (["["], ["*"]) else ["{", "}", *cell] for cell in cells]
-        lines.append([*(token for at, cell in enumerate(cells) for token in (["&"] * bool(at) + cell)), r"\\", *gap])
+        lines.append(
+            [*(token for at, cell in enumerate(cells) for token in (["&"] * bool(at) + cell)), joined([r"\\", *gap])]
+        )
     if lines[-1] == [r"\\"]:
         lines.pop()
     content = [token for line in lines for token in line]
@@ -1017,7 +1022,7 @@ def spell_table(name, position, columns, rows):
 SPELL = {
     "symbol": spell_symbol, "space": spell_space, "group": spell_group, "scripts": spell_scripts, "pair": spell_pair,
     "bracket": lambda size, token: [size, token], "text": spell_text, "command": spell_command, "table": spell_table,
-    "formula": lambda nodes: ["$", *spell(nodes), "$"], "declare": lambda found: found,
+    "formula": lambda nodes: ["$", joined(spell(nodes)), "$"], "declare": lambda found: [joined(found)],
 }  # fmt: skip
 
 
