@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from qwen_vl_kit.scores import LATEX_TOKEN
+from qwen_vl_kit.latex import tokens
 
 SYMBOLS = 12  # confusions on the page
 # Tokens that make a formula one with fractions, and so on. It can be several of these.
@@ -21,11 +21,6 @@ STRUCTURES = {
     "fonts": r"\mathrm \mathcal \mathbf \mathit \mathsf \mathbb \mathfrak \mathscr \bf \cal \rm \it \sf \text \mbox",
     "scripts": "^ _ '",
 }
-
-
-def tokens(text):
-    """The LaTeX tokens of a text, spaces aside, [str]."""
-    return ["".join(token.split()) for token in LATEX_TOKEN.findall(text)]
 
 
 def is_near(truth, reading):
