@@ -159,8 +159,7 @@ def remarks(predictions, trained=False):
     part = sum(one["errors"] for one in alike) / sum(one["length"] for one in readings)
     said = [
         f"{len(alike)} reading{'s' * (len(alike) != 1)} that look{'s' * (len(alike) == 1)} right "
-        f"{'is' if len(alike) == 1 else 'are'} spelled otherwise: {as_text('cer', part)} of the CER{of}. What CER is "
-        "higher by than CER, spelling aside, is such spelling, not misreading."
+        f"{'is' if len(alike) == 1 else 'are'} spelled otherwise, which is {as_text('cer', part)} of the CER{of}."
         if alike
         else "Each reading that looks right is also spelled like the truth."
     ]
