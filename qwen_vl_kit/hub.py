@@ -19,6 +19,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from qwen_vl_kit import parallel, run
 from qwen_vl_kit.sentences import fail, first_line
+from qwen_vl_kit.sources import FILE_TYPES
 
 online = not datasets.config.HF_HUB_OFFLINE
 
@@ -66,10 +67,13 @@ def load(what, name, get, cached=True):
         reason = first_line(cause)
         if "arget module" in str(error):  # PEFT's, of a model that was found
             fail(f"--lora_target_modules matches no layer of {name}: leave it out, or choose another expression.")
-        if not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):  # nor can the hub have it
-            reason = "there is no such file or folder"
-        elif cause is not error:
+        if cause is not error:
             reason = f"there are no rows that can be read ({reason})"
+        if Path(name).exists():  # the hub was not asked
+            fail(f"Could not load the {what} {name!r}: {reason}.")
+        on_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and Path(name).suffix.lower() not in FILE_TYPES
+        if not on_hub:
+            fail(f"Could not load the {what} {name!r}: there is no such file or folder. Check the path.")
         fail(
             f"Could not load the {what} {name!r}: {reason}. Check the name or the path, the network, and, if it is "
             "gated, that you are logged in (hf auth login)."

@@ -48,6 +48,7 @@ class ExtraOptions:
     """What the kit can do beyond the script. The comment after an option is its --help."""
 
     max_characters: int = 4000  # leave out rows whose LaTeX is longer: it would fill the memory
+    image_folder: str | None = None  # where the paths of images start; None: the data file's or the working folder
     save_merged: bool = False  # at the end, also write base and adapters as one 16-bit model
     save_gguf: str | None = None  # at the end, also write that as GGUF, for llama.cpp and Ollama: q8_0, ...
     normalize_latex: bool = False  # write all formulas in one spelling, those to train on and the held-out ones

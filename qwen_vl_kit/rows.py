@@ -1,138 +1,38 @@
-"""Rows: what people's files look like, which rows can be used, and images as a person sees them.
+"""Rows: which of them can be used, and what is said of the others.
 
-Wraps `load_splits` (any file the README names, images decoded with care, formulas respelled on demand), `choose_rows`
-(rows that can't be used are named and left out) and `order_rows` (held-out formulas that training images show, too, are
-counted, and formulas that stand in $...$).
+Wraps `load_splits` (any file the README names, images decoded with care), `choose_rows` (rows that can't be used are
+named and left out) and `order_rows` (held-out formulas that training images show, too, are counted).
 """
 
 import hashlib
-import io
-import json
 import random
-import warnings
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections import defaultdict
 from math import isinf
-from pathlib import Path
+from typing import NamedTuple
 
-from datasets import Image, Value, load_dataset
-from datasets.config import DOWNLOADED_DATASETS_PATH
-from huggingface_hub.constants import HF_HUB_CACHE
-from PIL import Image as Pillow
-from PIL import ImageOps
+from datasets import Image
 from tqdm.auto import tqdm
 
-from qwen_vl_kit import latex, run
+from qwen_vl_kit import run
+from qwen_vl_kit.pictures import (  # noqa: F401 (as other rooms know them)
+    IMAGE_TYPES,
+    Picture,
+    Unusable,
+    as_seen,
+    image_bytes,
+    open_image,
+    opened,
+    path_of,
+    why,
+)
 from qwen_vl_kit.sentences import fail
-
-FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
-warnings.simplefilter("error", Pillow.DecompressionBombWarning)  # from 89 million pixels on
-Pillow.init()
-IMAGE_TYPES = [name for name in Pillow.ID if name != "EPS"]  # that is a program, for Ghostscript to run
-
-
-class Unusable(Exception):
-    """Why a row can't be used, in words."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def image_bytes(image, folder):
-    """The file of `image`, {"bytes": bytes or None, "path": str or None} as `datasets` has it undecoded.
-
-    Paths start in `folder`, and may lead nowhere else, but into the cache of what was downloaded.
-    """
-    if image["bytes"]:
-        return image["bytes"]
-    path = image["path"]
-    if path.startswith('"'):  # as `datasets` has it where other rows of a JSON file hold other things than paths
-        path = json.loads(path)
-    file = (folder / path).resolve()
-    if not any(file.is_relative_to(place) for place in (folder.resolve(), Path(DOWNLOADED_DATASETS_PATH).resolve())):
-        raise Unusable("image outside the data set's folder")
-    if not file.is_file():  # a pipe would be waited for
-        raise FileNotFoundError(file)
-    return file.read_bytes()
-
-
-def open_image(content):
-    """Decodes the bytes of an image file to RGB as a person would see it; raises what Pillow raises if it can't."""
-    return as_seen(opened(content))
-
-
-def opened(content):
-    """The image in the bytes of a file, not decoded yet. Raises Unusable if it has too many pixels."""
-    try:
-        return Pillow.open(io.BytesIO(content), formats=IMAGE_TYPES)
-    except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning):
-        raise Unusable("image of too many pixels") from None
-
-
-def as_seen(picture):
-    """An image as RGB, as a person would see it. Raises Unusable if it is too narrow for the model.
-
-    Transparency becomes white paper (else black text on it is black on black), 16 bits a pixel become 8 (else they are
-    clipped to white), and a photo is turned as its EXIF data says.
-    """
-    if max(picture.size) > 200 * min(picture.size):  # Qwen2-VL takes no others
-        raise Unusable("image over 200 times as long as wide")
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        picture = picture.point(lambda level: level * (1 / 256)).convert("L")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Pillow.alpha_composite(Pillow.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
-@dataclass
-class Picture(Image):
-    """The type of a column of images that are decoded by `open_image`."""
-
-    def decode_example(self, value, token_per_repo_id=None):
-        return open_image(image_bytes(value, run.data_folder))
-
-
-@dataclass
-class Formula(Value):
-    """The type of a column of formulas that are respelled when they are asked for: a million at once take minutes."""
-
-    def decode_example(self, value, token_per_repo_id=None):
-        return latex.spelled(value)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows
-# ---------------------------------------------------------------------------------------------------------------------
+from qwen_vl_kit.sources import as_found, find_images
 
 
 def load_splits(step, options):
     splits = as_found(options)
     check_columns(splits, options.dataset_train_split, "--dataset_train_split", options)
-    return with_spelling(with_pictures(splits, options), options, run.extra.normalize_latex)
-
-
-def with_spelling(splits, options, uniform):
-    """The same splits, their formulas in one spelling if that is asked for."""
-    kinds = {str(getattr(rows.features[options.text_column], "dtype", "")) for rows in splits.values()}
-    if not uniform or kinds - {"string", "large_string"}:  # the rows of others are left out
-        return splits
-    print("Formulas are written in one spelling, in training and in what readings are compared with.")
-    return splits.cast_column(options.text_column, Formula("string"))
-
-
-def as_found(options):
-    """The splits of `options.dataset_name` as they are there: a hub name, a file, or a folder."""
-    source = Path(options.dataset_name)
-    if source.is_file() and source.suffix not in FILE_TYPES:
-        fail(f"{source} is not a supported file ({', '.join(FILE_TYPES)}). Name one, a folder, or a hub data set.")
-    run.data_folder = source if source.is_dir() else source.parent if source.is_file() else Path(HF_HUB_CACHE)
-    if source.is_file():
-        return load_dataset(FILE_TYPES[source.suffix], data_files=str(source))
-    return load_dataset(options.dataset_name, options.dataset_config)
+    return with_pictures(splits, options)
 
 
 def check_columns(splits, split, option, options):
@@ -149,9 +49,11 @@ def with_pictures(splits, options):
     """The same splits, their images decoded by `open_image` when they are asked for."""
     column = options.image_column
     try:
-        return splits.cast_column(column, Image(decode=False)).cast_column(column, Picture())
+        splits = splits.cast_column(column, Image(decode=False))
     except (TypeError, ValueError, NotImplementedError):
         fail(f"Column {column!r} of {options.dataset_name} holds no images; choose another with --image_column.")
+    find_images(splits, options)
+    return splits.cast_column(column, Picture())
 
 
 def tokens_of(picture, text):
@@ -162,42 +64,70 @@ def tokens_of(picture, text):
     return len(run.processor(text=[sample], images=[[picture]], add_special_tokens=False).input_ids[0])
 
 
-def examine(row, options, held_out, special_tokens):
-    """The image of a row and the digest of its pixels. Raises Unusable with the reason if the row can't be used."""
+class Looked(NamedTuple):
+    """What looking at a row has found."""
+
+    width: int = 0  # of its image, in pixels
+    height: int = 0
+    digest: bytes = b""  # of the image's pixels
+    whole: bytes = b""  # of image and text
+    refused: Unusable | None = None  # why the row can't be used, whatever else is
+    late: Unusable | None = None  # the same, but to be said only if no better reason is found
+
+
+def look_at(row, options, special_tokens):
+    """A `Looked` of an undecoded row: all that this row alone can tell."""
     text = row[options.text_column]
     if not isinstance(text, str | None):
-        raise Unusable("text is not a string")
+        return Looked(refused=Unusable("text is not a string"))
     if not (text or "").strip():
-        raise Unusable("no text")
+        return Looked(refused=Unusable("no text"))
     if len(text) > run.extra.max_characters:
-        raise Unusable(f"text of more than {run.extra.max_characters:,} characters")
+        return Looked(refused=Unusable(f"text of more than {run.extra.max_characters:,} characters"))
     if any(token in text for token in special_tokens):
-        raise Unusable("text with special tokens of the model")
+        return Looked(refused=Unusable("text with special tokens of the model"))
     try:
-        picture = open_image(image_bytes(row[options.image_column], run.data_folder))
-    except Unusable:
-        raise
+        content = image_bytes(row[options.image_column], run.data_folder)
+    except Unusable as refused:
+        return Looked(refused=refused)
+    except (OSError, ValueError) as error:  # a name that no file can have, or one that may not be read
+        return Looked(refused=Unusable("image file is missing", f" ({getattr(error, 'strerror', None) or error})"))
+    try:
+        picture = open_image(content)
+    except Unusable as refused:
+        return Looked(refused=refused)
     except Exception as error:  # on a broken file Pillow's decoders raise anything
-        raise Unusable("image missing or unreadable") from error
+        return Looked(refused=why(error, content))
     if picture.getcolors(1):
-        raise Unusable("image of one color")
-    digest = hashlib.sha256(picture.tobytes()).digest()
-    if digest in held_out:
-        raise Unusable(f"same image as a held-out{' or validation' * bool(run.validation_set)} row")
+        return Looked(refused=Unusable("image of one color"))
+    digest, late = hashlib.sha256(picture.tobytes()).digest(), None
     if options.max_length and tokens_of(picture, text) > options.max_length:
-        raise Unusable(f"more than {options.max_length:,} tokens")
-    return picture, digest
+        late = Unusable(f"more than {options.max_length:,} tokens")
+    return Looked(*picture.size, digest, hashlib.sha256(digest + text.encode()).digest()[:16], late=late)
+
+
+def name_of(row, number, split, column):
+    """How people can find an undecoded row: its image's file and its line, or else its number."""
+    image, line = row[column], run.lines_of.get(split)
+    path = path_of(image) if image and image["path"] else None
+    if path and run.data_folder and path.startswith(f"{run.data_folder}/"):
+        path = path[len(f"{run.data_folder}/") :]
+    if path and len(path) > 200:
+        path = path[:200] + "..."
+    line = line and line(number)
+    return f"{path} on {line}" if path and line else path or line or f"row {number}"
 
 
 def report_skipped(skipped, kind):
     """Prints how many rows were left out, and why. `record` writes them down when it is clear that the run begins."""
     reasons = defaultdict(list)
-    for row in skipped:
-        reasons[row["reason"]].append(row["row"])
-    for reason, numbers in reasons.items():
-        named = ", ".join(map(str, sorted(numbers)[:20])) + (", ..." if len(numbers) > 20 else "")
-        print(f"Left out {len(numbers)} {kind} row{'s' * (len(numbers) > 1)} ({reason}): {named}")
-    run.skipped += skipped
+    for reason, row in skipped:
+        detail = reason.detail.strip(": ()")
+        reasons[reason.reason].append((row["row"], row["name"] + f" ({detail})" * bool(detail)))
+    for reason, rows in reasons.items():
+        named = ", ".join(name for _, name in sorted(rows)[:20]) + (", ..." if len(rows) > 20 else "")
+        print(f"Left out {len(rows)} {kind} row{'s' * (len(rows) > 1)} ({reason}): {named}")
+    run.skipped += [row for _, row in skipped]
 
 
 def pick(rows, wanted, excluded, options, kind, done=()):
@@ -210,6 +140,7 @@ def pick(rows, wanted, excluded, options, kind, done=()):
     lengths, digests, skipped, examined = {}, set(), [], set()
     added = run.processor.tokenizer.added_tokens_decoder.values()
     special_tokens = [token.content for token in added if token.special]
+    same = Unusable(f"same image as a held-out{' or validation' * bool(run.validation_set)} row")
     with tqdm(desc=f"Checking {kind} rows", total=total, leave=False) as bar:
         for number in random.Random(options.seed).sample(range(len(rows)), len(rows)):
             if len(lengths) >= wanted:
@@ -218,15 +149,14 @@ def pick(rows, wanted, excluded, options, kind, done=()):
                 continue
             examined.add(number)
             row = rows[number]
-            try:
-                picture, digest = examine(row, options, excluded, special_tokens)
-            except Unusable as reason:
-                skipped.append({"row": number, "split": str(rows.split), "reason": str(reason)})
+            looked = look_at(row, options, special_tokens)
+            if reason := looked.refused or (same if looked.digest in excluded else looked.late):
+                name = name_of(row, number, str(rows.split), options.image_column)
+                skipped.append((reason, {"row": number, "split": str(rows.split), "name": name, "reason": str(reason)}))
                 continue
-            text = row[options.text_column]
-            lengths[number] = picture.width * picture.height / 28**2 + len(text) / 2
-            digests.add(digest)
-            run.digests[kind, number] = hashlib.sha256(digest + text.encode()).digest()[:16]
+            lengths[number] = looked.width * looked.height / 28**2 + len(row[options.text_column]) / 2
+            digests.add(looked.digest)
+            run.digests[kind, number] = looked.whole
             bar.update()
     report_skipped(skipped, kind)
     return lengths, digests, examined
@@ -266,34 +196,15 @@ def enough(options, others, lengths):
         )
 
 
-def texts_of(rows, numbers, column):
-    """The texts of some rows, as they are in the data set."""
-    return rows.select([*numbers]).select_columns(column).with_format("arrow")[:][column].to_pylist()
-
-
 def order_rows(step, lengths, options):
     run.order = step(lengths, options)
-    trained = texts_of(run.train_rows, dict.fromkeys(run.order), options.text_column)
-    held_out = texts_of(run.test_rows, run.test_numbers, options.text_column)
-    known = {"".join(text.split()) for text in trained}
-    seen = sum("".join(text.split()) in known for text in held_out)
+
+    def formulas(rows, numbers):
+        return ["".join(text.split()) for text in rows.select([*numbers])[options.text_column]]
+
+    known = {*formulas(run.train_rows, {*run.order})}
+    seen = sum(formula in known for formula in formulas(run.test_rows, run.test_numbers))
     run.notes["rows_of_seen_formulas"] = seen
     if seen:
         print(f"{seen} of the held-out images show formulas that also appear in training images")
-    if said := delimited(trained + held_out):
-        print(said)
     return run.order
-
-
-def delimited(texts):
-    """A sentence on how many formulas stand in $...$ or the like, if any does."""
-    counts = Counter(map(latex.delimiter, texts))
-    bare = counts.pop("", 0)
-    kinds = [f"{count} of {len(texts)} texts stand in {latex.AROUND[kind]}" for kind, count in counts.most_common()]
-    if not kinds:
-        return ""
-    if run.extra.normalize_latex:
-        return f"{', '.join(kinds)}: that is taken off"
-    if bare or len(kinds) > 1:
-        return f"{', '.join(kinds)}: the model learns all of that; --normalize_latex writes them in one way"
-    return f"{', '.join(kinds)}, and so will readings; scores look at what is inside"

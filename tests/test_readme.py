@@ -76,7 +76,7 @@ def test_requirements_are_what_the_install_cell_and_pip_install():
     in_cell = dict(re.findall(r" ([\w-]+)==([\w.]+)", cell))
     needs, extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")
     in_project = dict(re.findall(r'"([\w-]+)==([\w.]+)"', needs))
-    only_to_read = {"pypdfium2", "pyperclip"}
+    only_to_read = {"pypdfium2", "pyperclip", "openpyxl"}  # the last only for .xlsx
     from_colab = {"torch", "torchvision", "pillow", "xformers"}
     assert set(pinned) - set(in_cell) == from_colab | only_to_read, "Colab brings or fits those, or needs them not"
     assert set(pinned) - set(in_project) == {"torch", "torchvision", "xformers"}, "these fit one another"
