@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 COMMANDS = {
+    "check": "look at a data set before training on it: bad rows, lengths, duplicates, spellings",
     "read": "read images of formulas, from files, folders, PDF pages or the clipboard",
     "page": "open a page in the browser that reads images of formulas",
     "score": "score a model on held-out rows, or two models side by side",

@@ -29,7 +29,7 @@ OTHERS |= {
     b"PK\3\4": "a zip file",
     b"version https://git-lfs": "a Git LFS pointer: git lfs pull",
 }
-STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
+STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"RIFF")
 ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "GIF": b";"}  # by the name of the format
 
 
@@ -67,15 +67,17 @@ def image_bytes(image, folder):
     Paths start in `folder`, and may lead nowhere else, but into the cache of what was downloaded. Raises Unusable if
     there is no such file, and what reading a file raises.
     """
-    if image is None or (image["bytes"] is None and not image["path"]):
-        raise Unusable("no image")
-    if image["bytes"] is not None:
+    if image and image["bytes"] is not None:
         return image["bytes"]
+    if not image or not path_of(image):
+        raise Unusable("no image")
     file = placed(path_of(image), folder, run.dropped_parts).resolve()
     if not any(file.is_relative_to(place) for place in (folder.resolve(), Path(DOWNLOADED_DATASETS_PATH).resolve())):
         raise Unusable("image outside the data set's folder")
     if not file.is_file():  # a pipe would be waited for
-        raise Unusable("image file is missing" if not file.exists() else "not a file")
+        if path_of(image) == "null":  # as `datasets` has None where other rows hold other things than paths
+            raise Unusable("no image")
+        raise Unusable("not a file" if file.exists() else "image file is missing")
     return file.read_bytes()
 
 
@@ -124,6 +126,8 @@ def why(error, content):
         end = ENDS.get(opened(content).format)
     except Exception:  # what was wrong with it is told below
         end = None
+    if content.startswith(b"RIFF") and int.from_bytes(content[4:8], "little") + 8 > len(content):  # WebP says how long
+        return Unusable("image cut off", f" after {size}")
     if (end and end not in content[-64:]) or "truncated" in str(error).lower():
         return Unusable("image cut off", f" after {size}")
     return Unusable("image damaged", f": {first_line(error)}")

@@ -46,7 +46,7 @@ CASES = {
         ["'training'", "--dataset_train_split", "train"],
     ),
     "an empty data set": ([*SHORT, "--dataset_name", "DATA/empty.parquet"], ["empty.parquet", "no rows"]),
-    "no row that can be used": ([*SHORT, "--dataset_name", "DATA/broken.parquet"], ["unreadable", "0 held-out rows"]),
+    "no row that can be used": ([*SHORT, "--dataset_name", "DATA/broken.parquet"], ["not an image", "0 to hold out"]),
     "too few held-out rows": ([*SHORT, "--num_test_rows", "9999"], ["rows: 200 to hold out", "--num_test_rows"]),
     "too few rows to hold some out": (
         [*SHORT, "--dataset_name", "DATA/ten.parquet", "--num_test_rows", "10"],

@@ -89,6 +89,6 @@ def test_bad_rows_are_counted_named_and_left_out(rows, tmp_path):
     rows.select(range(16, 24)).to_parquet(tmp_path / "data" / "data" / "test.parquet")
     ended = run(*SHORT, "--dataset_name", tmp_path / "data", "--output_dir", tmp_path / "out")
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "Left out 2 training rows (image missing or unreadable): 3, 4\n" in ended.stdout
-    assert "Left out 2 training rows (no text): 5, 6\n" in ended.stdout
+    assert "Left out 2 training rows (image cut off): row 3 (after 60 bytes), row 4 (after 60 bytes)\n" in ended.stdout
+    assert "Left out 2 training rows (no text): row 5, row 6\n" in ended.stdout
     assert "12 rows to train on, 6 others held out" in ended.stdout

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import struct
 import zlib
 from collections import Counter
@@ -71,13 +72,14 @@ def found(tmp_path_factory):
         good.append({"image": f"scans/{number}.img", "text": NEARLY if number == 7 else row["text"]})
 
     first = rows[20]["image"]["bytes"]
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(pwned) (w) file closefile\nshowpage\n%%EOF\n"
     unreadable = {
-        "truncated": first[: len(first) // 2],
-        "empty": b"",
-        "text": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-        "program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(pwned) (w) file closefile\nshowpage\n%%EOF\n",
-        "noise": bytes(range(256)) * 9,
-        "head": first[:20],
+        "truncated": (first[:300], "image cut off after 300 bytes"),
+        "empty": (b"", "the file is empty"),
+        "text": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image: an SVG file"),
+        "program": (program, "not an image: a PostScript file"),
+        "noise": (bytes(range(256)) * 9, "not an image: 2 kB of something else"),
+        "head": (first[:20], "image cut off after 20 bytes"),
     }
     shapes = {
         "image of too many pixels": [png(60_000, 60_000), png(10_000, 9_500)],
@@ -85,9 +87,9 @@ def found(tmp_path_factory):
         "image of one color": [png(1, 1), encoded(Image.new("RGB", (90, 40), "white")), png(40, 40)],
     }
     kinds = []  # (what is wrong, image, text)
-    for name, content in unreadable.items():
+    for name, (content, reason) in unreadable.items():
         (data / name).write_bytes(content)
-        kinds.append(("image missing or unreadable", name, "x"))
+        kinds.append((reason, name, "x"))
     for reason, contents in shapes.items():
         for content in contents:
             name = f"{len(kinds)}.png"
@@ -96,9 +98,13 @@ def found(tmp_path_factory):
     outside = "image outside the data set's folder"
     paths = ["../secret.png", str(place / "secret.png"), "link.png", "linked/secret.png", "x/../../secret.png"]
     kinds += [(outside, path, "x") for path in [*paths, "/dev/zero", "/etc/passwd", "../none.png"]]
-    wrong = [5, None, True, ["scans/0.img"], {"bytes": None, "path": "scans/0.img"}, "pipe.png", "none.png", "", "."]
-    wrong += ["linked", "http://127.0.0.1:9/x.png", "file:///etc/passwd", "zip://a.png::b.zip", "\0", "a" * 5000]
-    kinds += [(outside if image == "linked" else "image missing or unreadable", image, "x") for image in wrong]
+    wrong = [5, True, ["scans/0.img"], {"bytes": None, "path": "scans/0.img"}, "none.png", "http://127.0.0.1:9/x.png"]
+    wrong += ["file:///etc/passwd", "zip://a.png::b.zip"]
+    kinds += [("image file is missing", image, "x") for image in wrong]
+    kinds += [("no image", None, "x"), ("no image", "", "x"), (outside, "linked", "x")]
+    kinds += [("not a file", image, "x") for image in ("pipe.png", ".")]
+    kinds += [("image file is missing (embedded null byte)", "\0", "x")]
+    kinds += [("image file is missing (File name too long)", "a" * 5000, "x")]
     kinds += [("no text", "scans/0.img", text) for text in (None, "", "  \n\t ")]
     kinds += [("text is not a string", "scans/0.img", text) for text in (5, 1.5, True, ["x"], {"a": "x"})]
     kinds += [("text with special tokens of the model", "scans/0.img", text) for text in SPECIAL]
@@ -113,6 +119,13 @@ def found(tmp_path_factory):
     return data / "rows.jsonl", reasons, place
 
 
+def shared(reason):
+    """The part of a reason that rows share, by which they are counted on the terminal."""
+    for own in (" after ", ": ", " (embedded", " (File"):
+        reason = reason.partition(own)[0]
+    return reason
+
+
 def test_five_hundred_hostile_rows_among_as_many_good_ones(found, tmp_path):
     file, reasons, place = found
     files = sorted(str(path) for path in place.rglob("*"))
@@ -124,8 +137,9 @@ def test_five_hundred_hostile_rows_among_as_many_good_ones(found, tmp_path):
     for reason, count in Counter(reasons.values()).items():
         counts = [row for row in skipped if row["reason"] == reason]
         assert len(counts) == count
-        said = [line for line in ended.stdout.splitlines() if f"({reason})" in line]
-        assert sum(int(line.split()[2]) for line in said) == count
+        assert f"({shared(reason)})" in ended.stdout
+    said = re.findall(r"^Left out (\d+) ", ended.stdout, re.MULTILINE)
+    assert sum(map(int, said)) == len(skipped)
     trained = 1000 - len(skipped) - 6
     assert f"{trained} rows to train on, 6 others held out" in ended.stdout
     metrics = json.loads((tmp_path / "metrics.json").read_text())
