@@ -6,15 +6,18 @@ named and left out) and `order_rows` (held-out formulas that training images sho
 
 import hashlib
 import random
+import sys
 from collections import defaultdict
 from functools import partial
 from math import isinf
+from pathlib import Path
 from typing import NamedTuple
 
+import PIL
 from datasets import Image
 from tqdm.auto import tqdm
 
-from qwen_vl_kit import looking, run
+from qwen_vl_kit import looking, pictures, run
 from qwen_vl_kit.pictures import (  # noqa: F401 (as other rooms know them)
     IMAGE_TYPES,
     Picture,
@@ -132,6 +135,18 @@ def report_skipped(skipped, kind):
     run.skipped += [row for _, row in skipped]
 
 
+def keep(rows, options, special_tokens):
+    """Where what is found in these rows is kept, or None: by all that decides what is found, this code included."""
+    code = [
+        hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in (pictures, sys.modules[__name__])
+    ]
+    how = [options.image_column, options.text_column, run.extra.max_characters, special_tokens, PIL.__version__, *code]
+    if options.max_length:
+        how += [options.max_length, run.options.instruction, run.processor.chat_template, run.record.get("base")]
+        how += [run.processor.image_processor.size, len(run.processor.tokenizer)]
+    return looking.kept(rows, options.image_column, Looked, *how)
+
+
 def pick(rows, wanted, excluded, options, kind, done=()):
     """Looks for `wanted` usable rows, in an order that the seed decides, none with an image whose digest is `excluded`.
 
@@ -146,8 +161,9 @@ def pick(rows, wanted, excluded, options, kind, done=()):
     order = (number for number in random.Random(options.seed).sample(range(len(rows)), len(rows)) if number not in done)
     look = partial(look_at, options=options, special_tokens=special_tokens)
     split, column = str(rows.split), options.image_column
+    kept = keep(rows, options, special_tokens) if total > looking.ALONE else None
     with tqdm(desc=f"Checking {kind} rows", total=total, leave=False) as bar:
-        for number, looked in looking.look(rows, order, look, wanted):
+        for number, looked in looking.look(rows, order, look, wanted, kept):
             examined.add(number)
             if reason := looked.refused or (same if looked.digest in excluded else looked.late):
                 name = name_of(rows[number], number, split, column)
@@ -159,6 +175,8 @@ def pick(rows, wanted, excluded, options, kind, done=()):
             bar.update()
             if len(lengths) >= wanted:
                 break
+    if kept:
+        kept.save()
     report_skipped(skipped, kind)
     return lengths, digests, examined
 

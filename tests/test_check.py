@@ -7,10 +7,10 @@ import sys
 
 import pytest
 from conftest import ROOT
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from test_sources import TEXTS, images, picture, table
 
-from qwen_vl_kit import check, looking
+from qwen_vl_kit import check
 
 
 def test_everything_is_told_and_named(tmp_path, capsys):
@@ -64,20 +64,3 @@ def test_nothing_that_can_be_used_is_an_error(tmp_path):
     assert ended.value.code == 1
     with pytest.raises(SystemExit, match=r"name end in \.html"):
         check.main(["--dataset_name", "x", "--output", str(tmp_path / "rows.parquet")], "check")
-
-
-def test_many_processes_find_what_one_finds(monkeypatch):
-    rows = load_dataset("demo/data", split="train").select(range(60))
-    numbers = [*range(59, -1, -1)]
-    alone = list(looking.look(rows, numbers, size, 60))
-    monkeypatch.setattr(looking, "ALONE", 1)
-    monkeypatch.setattr(looking, "CHUNK", 7)
-    monkeypatch.setattr(looking, "cores", lambda: 2)
-    assert list(looking.look(rows, numbers, size, 60)) == alone
-    some = looking.look(rows, numbers, size, 60)
-    assert [next(some) for _ in range(10)] == alone[:10]
-    some.close()
-
-
-def size(row):
-    return row["image"].size, row["text"], os.getpid() and None
