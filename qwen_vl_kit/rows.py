@@ -217,6 +217,11 @@ def enough(options, others, lengths):
 
 def order_rows(step, lengths, options):
     run.order = step(lengths, options)
+    used, there = len({*run.order}), len(run.train_rows) - (len(run.validation_set) if run.validation_set else 0)
+    if run.train_rows.split == run.test_rows.split:
+        there -= len(run.test_numbers)
+    if not options.num_train_epochs and used < there:
+        print(f"{options.max_steps:,} steps of {options.batch_size} need {used:,} of {there:,} rows to train on")
 
     def formulas(rows, numbers):
         numbers, texts = sorted(numbers), rows.select_columns(options.text_column)

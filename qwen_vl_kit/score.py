@@ -27,6 +27,7 @@ def parse(arguments, prog):
     parser.add_argument("--dataset_name", help="a hub name, a folder, or a file (default: that of the model's run)")
     parser.add_argument("--dataset_config", help="which configuration of the data set, if it has several")
     parser.add_argument("--dataset_test_split", help=f"the split (default: that of the run, or one of {SPLITS})")
+    parser.add_argument("--image_folder", help="where the paths of images start (default: as in training)")
     parser.add_argument("--image_column", help="the column of images")
     parser.add_argument("--text_column", help="the column of their LaTeX")
     rows = "how many rows, or all (default: as many as the run held out, or 64)"

@@ -105,21 +105,22 @@ def fill_in(wanted, source):
     elif not wanted.dataset_name:
         sys.exit(f"{source.name} says nothing of held-out rows: name a data set with --dataset_name.")
     filled = {name: usual[name] if value is None else value for name, value in given.items()}
-    respelled = metrics.get("settings", {}).get("normalize_latex", False)  # what it has learned to write
-    return Namespace(**filled, normalize_latex=respelled, max_length=None)
+    folder = wanted.image_folder or usual.get("image_folder")
+    return Namespace(**filled, max_length=None, image_folder=folder)
 
 
 def rows_of(options):
     """The rows of the split to score on, their images decoded as they are asked for."""
+    run.extra = Namespace(max_characters=4000, image_folder=options.image_folder)
     splits = hub.load("data set", options.dataset_name, lambda: rows.as_found(options))
     split = options.dataset_test_split or next((name for name in SPLITS if name in splits), "test")
     rows.check_columns(splits, split, "--dataset_test_split", options)
-    return rows.with_spelling(rows.with_pictures(splits, options), options, options.normalize_latex)[split]
+    return rows.with_pictures(splits, options)[split]
 
 
 def choose(found, options, reads):
     """The numbers of the rows to score on."""
-    run.processor, run.extra = reads.processor, Namespace(max_characters=4000)
+    run.processor = reads.processor
     run.test_rows = found.cast_column(options.image_column, Image(decode=False))
     lengths, _, _ = rows.pick(run.test_rows, options.num_test_rows, set(), options, "held-out")
     if not lengths:
@@ -185,5 +186,4 @@ def save(wanted, options, found, predictions, names, about):
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
     report.print_summary(names, judged, len(predictions))
-    print(*scores.remarks(predictions), sep="\n")
     print(f"Report: {folder / 'report.html'}")
