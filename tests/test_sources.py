@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import openpyxl
 import pytest
 from conftest import ROOT
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from PIL import Image, ImageDraw
 from transformers import AutoProcessor
 
@@ -309,3 +309,17 @@ def test_special_tokens_are_still_asked_of_the_processor(tmp_path, monkeypatch):
     options = SimpleNamespace(image_column="image", text_column="text", max_length=None, seed=0)
     loaded = load_dataset("csv", data_files=str(file), split="train").cast_column("image", rows.Image(decode=False))
     assert 0 not in rows.pick(loaded, math.inf, set(), options, "training")[0]
+
+
+def test_few_steps_say_how_many_rows_they_need(monkeypatch, capsys):
+    texts = [f"x _ {number}" for number in range(10)]
+    texts[3] = "x _0"  # held out is row 0
+    data = Dataset.from_dict({"text": texts}, split="train")
+    state = {"train_rows": data, "test_rows": data, "test_numbers": [0, 1], "validation_set": None, "notes": {}}
+    for name, value in state.items():
+        monkeypatch.setattr(run, name, value)
+    options = SimpleNamespace(text_column="text", num_train_epochs=0, max_steps=2, batch_size=2)
+    assert rows.order_rows(lambda lengths, options: [2, 3, 4, 2], {}, options) == [2, 3, 4, 2]
+    said = capsys.readouterr().out
+    assert "2 steps of 2 need 3 of 8 rows to train on\n" in said
+    assert "1 of the held-out images show formulas" in said and run.notes == {"rows_of_seen_formulas": 1}
