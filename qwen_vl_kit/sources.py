@@ -388,7 +388,7 @@ def find_images(splits, options):
             f"The images of {options.dataset_name} are outside its folder, such as {file}: allow that by "
             f"--image_folder {file.resolve().parent}."
         )
-    tried = " and ".join(str(placed(first, folder)) for folder in folders)
+    tried = " and ".join(dict.fromkeys(str(placed(first, folder)) for folder in folders))
     fail(
         f"None of the images in column {options.image_column!r} is found: looked for {tried}. {seem_to_be(first)}"
         "Set --image_folder to the folder that the paths start in, or choose another column with --image_column."

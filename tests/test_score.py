@@ -118,7 +118,7 @@ SENTENCES = {
     "no rows": (["--num_test_rows", "0"], "file", "a whole number above 0, not '0', or all"),
     "another split": (["--dataset_test_split", "exam"], "file", "set --dataset_test_split to one of ['train']"),
     "another column": (["--text_column", "latex"], "file", "set --text_column to one of"),
-    "no images": (["--image_column", "text", "--text_column", "image"], "file", "no row in train that can be used"),
+    "no images": (["--image_column", "text", "--text_column", "image"], "file", "None of the images in column 'text'"),
     "no such data": ([], "nowhere/rows.csv", "Could not load the data set"),
     "itself": (["--against", "RUN"], "file", "is the same model"),
 }
