@@ -46,7 +46,7 @@ class Found(NamedTuple):
 def check(wanted):
     """Looks at the data set that `wanted` names, tells of it and writes a page. Returns whether it can be used."""
     run.options = run.extra = wanted
-    wanted.instruction, wanted.seed = "Write the LaTeX representation for this image.", 0
+    wanted.normalize_latex = False
     processor = None
     if wanted.model_name_or_path:
         name = wanted.model_name_or_path

@@ -105,17 +105,20 @@ def fill_in(wanted, source):
     elif not wanted.dataset_name:
         sys.exit(f"{source.name} says nothing of held-out rows: name a data set with --dataset_name.")
     filled = {name: usual[name] if value is None else value for name, value in given.items()}
+    respelled = metrics.get("settings", {}).get("normalize_latex", False)  # what it has learned to write
     folder = wanted.image_folder or usual.get("image_folder")
-    return Namespace(**filled, max_length=None, image_folder=folder)
+    return Namespace(**filled, normalize_latex=respelled, max_length=None, image_folder=folder)
 
 
 def rows_of(options):
     """The rows of the split to score on, their images decoded as they are asked for."""
-    run.extra = Namespace(max_characters=4000, image_folder=options.image_folder)
+    run.extra = Namespace(
+        max_characters=4000, image_folder=options.image_folder, normalize_latex=options.normalize_latex
+    )
     splits = hub.load("data set", options.dataset_name, lambda: rows.as_found(options))
     split = options.dataset_test_split or next((name for name in SPLITS if name in splits), "test")
     rows.check_columns(splits, split, "--dataset_test_split", options)
-    return rows.with_pictures(splits, options)[split]
+    return rows.with_spelling(rows.with_pictures(splits, options), options, options.normalize_latex)[split]
 
 
 def choose(found, options, reads):
@@ -186,4 +189,5 @@ def save(wanted, options, found, predictions, names, about):
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
     report.print_summary(names, judged, len(predictions))
+    print(*scores.remarks(predictions), sep="\n")
     print(f"Report: {folder / 'report.html'}")

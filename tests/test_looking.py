@@ -34,7 +34,7 @@ def data(tmp_path, monkeypatch):
     monkeypatch.setattr(looking, "cores", lambda: 1)
     processor = SimpleNamespace(tokenizer=SimpleNamespace(added_tokens_decoder={}))
     monkeypatch.setattr(run, "processor", processor)
-    monkeypatch.setattr(run, "extra", SimpleNamespace(max_characters=4000, image_folder=None))
+    monkeypatch.setattr(run, "extra", SimpleNamespace(max_characters=4000, normalize_latex=False, image_folder=None))
     return tmp_path / "rows.jsonl"
 
 

@@ -44,7 +44,7 @@ def look(name, patch, **more):
     """What a run would train on: {text: file of the image or None}, and what is told of rows left out."""
     given = {"dataset_config": None, "image_column": "image", "text_column": "text", "dataset_train_split": "train"}
     options = SimpleNamespace(dataset_name=str(name), **given | {"max_length": None, "seed": 0, **more})
-    extra = SimpleNamespace(max_characters=4000, image_folder=more.pop("image_folder", None))
+    extra = SimpleNamespace(max_characters=4000, normalize_latex=False, image_folder=more.pop("image_folder", None))
     processor = SimpleNamespace(tokenizer=SimpleNamespace(added_tokens_decoder={}))
     for what, value in {"extra": extra, "processor": processor, "skipped": [], "digests": {}}.items():
         patch.setattr(run, what, value)
@@ -316,6 +316,7 @@ def test_few_steps_say_how_many_rows_they_need(monkeypatch, capsys):
     texts[3] = "x _0"  # held out is row 0
     data = Dataset.from_dict({"text": texts}, split="train")
     state = {"train_rows": data, "test_rows": data, "test_numbers": [0, 1], "validation_set": None, "notes": {}}
+    state["extra"] = SimpleNamespace(normalize_latex=False)
     for name, value in state.items():
         monkeypatch.setattr(run, name, value)
     options = SimpleNamespace(text_column="text", num_train_epochs=0, max_steps=2, batch_size=2)
