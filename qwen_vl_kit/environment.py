@@ -22,14 +22,19 @@ SETTINGS = {
 NOISY = ("torchao", "bitsandbytes", "transformers.trainer_utils", "datasets.load", "datasets.packaged_modules")
 
 
-def prepare():
-    """Sets all this for the process that calls it, once, at its start."""
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
+def quiet():
+    """Has the libraries keep to themselves what does not matter here."""
     for library in NOISY:
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "Could not find a config file")  # PEFT would ask the hub for the base model's
     warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator")
+
+
+def prepare():
+    """Sets all this for the process that calls it, once, at its start."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    quiet()
     if "LOCAL_RANK" not in os.environ:  # without a launcher, the trainer would spread a step over all the GPUs it sees
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if int(os.environ.get("RANK", 0)):  # launchers start a process for each GPU, and the first speaks for all

@@ -1,6 +1,6 @@
 """The images that people name on a command line: files, folders, the pages of TIFF and PDF files, standard input.
 
-It wraps no step. Each is opened as the rows of training are (`rows.open_image`), and what can't be opened has a reason.
+It wraps no step. Each is opened as the rows of training are (`pictures`), and what can't be opened has a reason.
 """
 
 import io
@@ -11,10 +11,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from qwen_vl_kit.rows import IMAGE_TYPES, Unusable, as_seen, opened
+from qwen_vl_kit.pictures import SUFFIXES, Unusable, as_seen, opened, why
 from qwen_vl_kit.sentences import first_line
 
-TYPES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_TYPES} | {".pdf"}
+TYPES = SUFFIXES | {".pdf"}
 DPI = 200  # at which PDF pages are drawn: 10-point letters are 28 pixels high, as the models like them
 PAGE = "#page="  # as in links to a page of a PDF file
 LONGEST = 4000  # pixels of a page's longer side at most
@@ -28,13 +28,17 @@ def listed(names):
     found = {}
     for name in names:
         if name == "-":
-            found["-"] = None
-        elif os.path.isdir(name):
-            for file in sorted(in_folder(Path(name)), key=natural):
-                found[str(file)] = file
-        else:
-            found[name] = Path(name)
-    return [*found.items()]
+            found["-"] = "-", None
+            continue
+        for file in sorted(in_folder(Path(name)), key=natural) if os.path.isdir(name) else [Path(name)]:
+            label = name if str(file) == os.path.normpath(name) else str(file)
+            found.setdefault(os.path.abspath(file), (printable(label), file))
+    return [*found.values()]
+
+
+def printable(name):
+    """A file's name on one line, whatever is in it: tabs, line breaks, bytes that are no letters."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in name)
 
 
 def in_folder(folder):
@@ -65,10 +69,12 @@ def pages(label, file):
     for number in numbers:
         try:
             picture = draw(number)
+            if picture.getcolors(1):
+                picture = Unusable("image of one color: there is nothing to read")
         except Unusable as reason:
             picture = reason
         except Exception as error:  # on a broken file Pillow's decoders raise anything
-            picture = Unusable(why(error, content))
+            picture = why(error, content)
         yield (f"{label}{PAGE}{number}" if number else label), picture
 
 
@@ -82,7 +88,7 @@ def drawn(content):
     except (Unusable, MemoryError):
         raise
     except Exception as error:
-        raise Unusable(why(error, content)) from error
+        raise why(error, content) from error
 
     def draw(number):
         picture.seek(max(number - 1, 0))
@@ -94,25 +100,16 @@ def drawn(content):
 def content_of(file):
     if file is None:
         return sys.stdin.buffer.read()
-    if file.is_dir():
+    if os.path.isdir(file):
         raise Unusable("a folder without images")
-    if not file.exists():
-        raise Unusable("there is no such file")
-    if not file.is_file():  # a pipe would be waited for
+    if not os.path.exists(file):
+        raise Unusable("a link to nothing" if os.path.islink(file) else "there is no such file")
+    if not os.path.isfile(file):  # a pipe would be waited for
         raise Unusable("not a file")
     try:
         return file.read_bytes()
     except OSError as error:
         raise Unusable(error.strerror) from error
-
-
-def why(error, content):
-    """Why a file could not be opened, in words."""
-    if not content:
-        return "the file is empty"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image"
-    return f"damaged, or cut off after {len(content):,} bytes ({first_line(error)})"
 
 
 def of_pdf(content):

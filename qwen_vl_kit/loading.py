@@ -6,6 +6,7 @@ was trained beside, in 4 bits if that was: beside other weights it reads otherwi
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +15,12 @@ from qwen_vl_kit.sentences import told
 
 # How the script quantizes a base model that is not stored in 4 bits, where a run has not written it down.
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+RECORD = "run.json"  # in a checkpoint
 HOW = "reading.json"  # lies beside an adapter's weights, and those of a merge
 # All that an adapter and its processor consist of. Whatever else lies in the folder is not pushed, and not fetched.
 SHARED = ["README.md", "adapter_config.json", "adapter_model.safetensors", "*token*.json", "*processor_config.json"]
 SHARED += ["chat_template.j*", "vocab.json", "merges.txt", HOW]
-SETTINGS = ("instruction", "load_in_4bit", "bf16", "fp16")
+SETTINGS = {"instruction": str, "load_in_4bit": bool, "bf16": bool, "fp16": bool}
 INSTRUCTION = "Write the LaTeX representation for this image."  # the script's, of models that don't say theirs
 
 
@@ -34,7 +36,16 @@ class Source(NamedTuple):
 
 def how_of(metrics):
     """How a model of a run is asked and loaded: {"instruction", "load_in_4bit", "bf16", "fp16", "quantization"}."""
-    return {name: metrics["settings"][name] for name in SETTINGS} | {"quantization": metrics.get("quantization")}
+    return {name: metrics["settings"].get(name) for name in SETTINGS} | {"quantization": metrics.get("quantization")}
+
+
+def checked(how, file):
+    """The same, which `file` says; ends the program with a sentence if that lacks something, or has something else."""
+    wrong = [name for name, kind in SETTINGS.items() if not isinstance(how.get(name), kind)]
+    wrong += ["quantization"] * (not isinstance(how.get("quantization"), dict | None))
+    if wrong:
+        sys.exit(f"{file} is damaged, or of another version: it does not say {', '.join(wrong)}. Copy it again.")
+    return how
 
 
 def write_how(folder, how):
@@ -58,7 +69,8 @@ def find(name, adapter=False):
         reason = f": {why}" if why and (folder / "merged").exists() else ""
         print(f"Reading with {taken}{reason}", file=sys.stderr)
         return in_folder(str(taken), taken)
-    if not HUB_NAME.fullmatch(name):
+    owner = folder.parent
+    if not HUB_NAME.fullmatch(name) or (owner != Path() and owner.is_dir()):  # outputs/demoo is no name on the hub
         sys.exit(f"There is no folder {name}: name the --output_dir of a run, a model's folder, or a name on the hub.")
     return on_hub(name)
 
@@ -68,10 +80,13 @@ def in_folder(name, folder):
     if is_adapter:
         adapter_in(folder, folder)
     run = folder.parent if (folder.parent / "metrics.json").is_file() else None
+    how = {}
     if (folder / HOW).is_file():
-        how = parsed(folder / HOW, text_of(folder, folder / HOW))
-    else:
-        how = how_of(metrics_of(run)) if run and folder.name in ("adapter", "merged") else {}
+        how = checked(parsed(folder / HOW, text_of(folder, folder / HOW)), folder / HOW)
+    elif (folder / RECORD).is_file():  # a checkpoint
+        how = checked(how_of(parsed(folder / RECORD, text_of(folder, folder / RECORD))), folder / RECORD)
+    elif run and folder.name in ("adapter", "merged"):
+        how = checked(how_of(metrics_of(run)), run / "metrics.json")
     return Source(name, str(folder), is_adapter, run, how)
 
 
@@ -85,7 +100,7 @@ def on_hub(name):
         try:
             cached_file(name, "config.json")
             how = cached_file(name, HOW, _raise_exceptions_for_missing_entries=False)
-            return None, json.loads(Path(how).read_text(encoding="utf-8")) if how else {}
+            return None, checked(json.loads(Path(how).read_text(encoding="utf-8")), f"{name}/{HOW}") if how else {}
         except OSError:
             cached_file(name, "adapter_config.json")
             return snapshot_download(name, allow_patterns=SHARED, ignore_patterns="*/*"), {}
@@ -151,16 +166,29 @@ def load_base(name, how, dtype, device):
 
 def load_with_adapter(base, adapter, how, dtype, device):
     """The model as it was trained. Ends the program if the adapter was not made for this base."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
 
     model = load_base(base, how, dtype, device)
     try:
-        return PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # told below
+            model = PeftModel.from_pretrained(model, adapter)
+    except (RuntimeError, ValueError, KeyError) as error:
         if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
             raise
+        if isinstance(error, KeyError):
+            sys.exit(f"{adapter / 'adapter_config.json'} is damaged: it lacks {error}. Copy the adapter again.")
         reason = str(error).strip().splitlines()[-1].strip().rstrip(".")  # PyTorch's first line names the class alone
         sys.exit(f"The adapter in {adapter} does not fit the base model {base}: {reason}.")
+    with safe_open(adapter / "adapter_model.safetensors", "numpy") as file:
+        missing = {*get_peft_model_state_dict(model)} - {*file.keys()}
+    if missing:  # they would be what they start as, and the model would read as its base
+        sys.exit(
+            f"The adapter in {adapter} does not fit the base model {base}: {len(missing)} of its weights are missing, "
+            f"such as {min(missing)}."
+        )
+    return model
 
 
 def greedy(base):

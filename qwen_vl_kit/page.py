@@ -113,19 +113,21 @@ def serve(app, listening):
 
 def opened(content):
     """The image in the bytes of a file, as the rows of training are opened. Raises Unusable, with the reason."""
-    from qwen_vl_kit.images import why
-    from qwen_vl_kit.rows import Unusable, open_image
+    from qwen_vl_kit.pictures import Unusable, open_image, why
 
     if len(content) > LARGEST:
         raise Unusable(f"over {LARGEST / 1e6:.0f} MB")
     if content.startswith(b"%PDF-"):
         raise Unusable("a PDF file; paste a picture of one formula in it")
     try:
-        return open_image(content)
+        picture = open_image(content)
     except (Unusable, MemoryError):
         raise
     except Exception as error:  # on a broken file Pillow's decoders raise anything
-        raise Unusable(why(error, content)) from error
+        raise why(error, content) from error
+    if picture.getcolors(1):
+        raise Unusable("image of one color: there is nothing to read")
+    return picture
 
 
 def shown(picture):
@@ -144,7 +146,7 @@ def news(reads, content):
     of those; or {"error"}, a sentence.
     """
     from qwen_vl_kit.memory import is_shortage
-    from qwen_vl_kit.rows import Unusable
+    from qwen_vl_kit.pictures import Unusable
 
     try:
         picture = opened(content)

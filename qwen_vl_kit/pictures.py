@@ -115,6 +115,8 @@ def why(error, content):
     """Why the bytes of a file could not be opened as an image, after `error`: an Unusable."""
     if not content:
         return Unusable("the file is empty")
+    if isinstance(error, Pillow.DecompressionBombError | Pillow.DecompressionBombWarning):  # of a later page
+        return Unusable("image of too many pixels")
     size = f"{len(content) / 1000:,.0f} kB" if len(content) >= 1000 else f"{len(content)} bytes"
     if isinstance(error, Pillow.UnidentifiedImageError):
         start = content.lstrip(b"\xef\xbb\xbf \t\r\n")[:30]

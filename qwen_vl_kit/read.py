@@ -11,7 +11,6 @@ and passed by; the exit code is 1 then.
 import os
 import signal
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 from qwen_vl_kit.arguments import Parser, add_flag, add_model
@@ -29,12 +28,22 @@ def parse(arguments, prog):
     add_flag(parser, "--resume", "continue that table where it was interrupted")
     add_flag(parser, "--clipboard", "read the image in the clipboard, and put its LaTeX there")
     wanted = parser.parse_args(arguments)
-    if bool(wanted.files) == wanted.clipboard:
+    if wanted.files and wanted.clipboard:
+        parser.error("--clipboard takes no files: give one or the other")
+    if not (wanted.files or wanted.clipboard):
         parser.error("name images to read, or add --clipboard")
+    if "" in wanted.files:
+        parser.error("one of the files has an empty name")
     if wanted.output and wanted.output.suffix.lower() not in (".csv", ".jsonl", ".md"):
         parser.error(f"--output {wanted.output} has to end in .csv, .jsonl or .md")
+    if wanted.output and wanted.clipboard:
+        parser.error("--output is for files, not for --clipboard")
     if wanted.resume and not wanted.output:
         parser.error("--resume continues a table: name it with --output")
+    if wanted.output and wanted.output.exists() and not wanted.resume:
+        sys.exit(f"{wanted.output} is there already: choose another --output, or continue it with --resume.")
+    if wanted.files and not any(name == "-" or os.path.exists(name) for name in wanted.files):
+        sys.exit("\n".join(f"{name}: there is no such file" for name in wanted.files))
     return wanted
 
 
@@ -51,22 +60,24 @@ def main(arguments, prog):
         read_clipboard(wanted)
         return
     files = images.listed(wanted.files)
-    if not any(file is None or file.exists() for _, file in files):  # before the model is loaded
-        sys.exit("\n".join(f"{label}: there is no such file" for label, _ in files))
     if any(file and file.suffix.lower() == ".pdf" for _, file in files):
         print("Each page of a PDF file is read as one formula: cut formulas out of full pages.", file=sys.stderr)
     source = loading.find(wanted.model)
-    table = open_table(wanted, source, files) if wanted.output else None
+    table = open_table(wanted, source) if wanted.output else None
+    if table and {label for label, _ in files} <= table.done:
+        table.finish(complete=True)
+        print(f"{wanted.output} has them all.", file=sys.stderr)
+        return
     reads = reader.load(wanted, source)
     try:
         failed = read_files(reads, files, table)
     except KeyboardInterrupt:
-        kept = f" What was read is in {wanted.output}; --resume reads the rest." if wanted.output else ""
+        kept = f" {wanted.output} keeps what it has; --resume reads the rest." if wanted.output else ""
         print(f"\nStopped.{kept}", file=sys.stderr)
         os._exit(130)
     if failed:
-        again = " When they are mended, --resume reads them." if wanted.output else ""
-        sys.exit(f"{failed} of {len(files)} files could not be read, or not all of their pages.{again}")
+        again = " Fix them, and run the same command with --resume." if wanted.output else ""
+        sys.exit(f"{failed} of {len(files)} files could not be read completely.{again}")
 
 
 def read_clipboard(wanted):
@@ -85,16 +96,22 @@ def read_clipboard(wanted):
     print("cut off at the length limit" if reading.cut else "copied", file=sys.stderr)
 
 
-def open_table(wanted, source, files):
-    """The table to write to; ends the program if it has all these files."""
-    from qwen_vl_kit.reader import instruction_for
+def open_table(wanted, source):
+    """The table to write to, for what its readings depend on."""
+    from qwen_vl_kit import loading
+    from qwen_vl_kit.reader import in_4_bits, instruction_for
     from qwen_vl_kit.record import fingerprint_of_model
     from qwen_vl_kit.table import Table
 
-    read_by = {"model": f"{source.name} ({fingerprint_of_model(source.model)})"}
-    read_by |= {"instruction": instruction_for(source, wanted.instruction), "max_new_tokens": wanted.max_new_tokens}
-    with told(f"Could not write {wanted.output}", OSError, ValueError):
-        return Table(wanted.output, [label for label, _ in files], read_by, wanted.resume)
+    names = [source.model] + [loading.base_of(Path(source.model))] * source.is_adapter
+    read_by = {
+        "model": " on ".join(f"{name} ({fingerprint_of_model(name)})" for name in names),
+        "load_in_4bit": in_4_bits(source, wanted.load_in_4bit),
+        "instruction": instruction_for(source, wanted.instruction),
+        "max_new_tokens": wanted.max_new_tokens,
+        "folder": os.getcwd(),  # where the names of files start
+    }
+    return Table(wanted.output, read_by, wanted.resume)
 
 
 def read_files(reads, files, table):
@@ -117,22 +134,20 @@ def read_files(reads, files, table):
                     yield page, picture
 
     def show(page, reading):
+        if table:
+            with told(f"Could not write {table.file}", OSError):
+                table.add(page, reading)
         tqdm.write(f"{page}\t{on_one_line(reading.text)}", file=sys.stdout)
         sys.stdout.flush()
         if reading.cut:
             tqdm.write(f"{page}: cut off after {reads.limit} tokens", file=sys.stderr)
-        if table:
-            table.add(page, reading)
 
-    with (
-        tqdm(total=len(files), desc="Reading", unit="file", disable=len(files) == 1 or None) as bar,
-        told(f"Could not write {table.file}", OSError) if table else nullcontext(),
-    ):
+    with tqdm(total=len(files), desc="Reading", unit="file", disable=len(files) == 1 or None) as bar:
         for some in chunks(pages(), reads.batch_size):
             labels, pictures = zip(*some, strict=True)
             in_order(labels, reads.batches(pictures), show)
-    if table and not failed:
-        table.finish()
+    if table:
+        table.finish(complete=not failed)
     return len(failed)
 
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.generation import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from qwen_vl_kit import hub, loading, rows
+from qwen_vl_kit import environment, hub, loading, pictures
 from qwen_vl_kit.memory import if_it_fits, is_shortage
 from qwen_vl_kit.sentences import told
 
@@ -77,8 +77,8 @@ class Queue(BaseStreamer):
 def as_seen(picture):
     """An image as training would see it: RGB, transparent paper white, turned as its EXIF data says."""
     if isinstance(picture, str | os.PathLike):
-        return rows.open_image(Path(picture).read_bytes())
-    return rows.as_seen(picture)
+        return pictures.open_image(Path(picture).read_bytes())
+    return pictures.as_seen(picture)
 
 
 class Reader:
@@ -94,7 +94,7 @@ class Reader:
         chat = [{"role": "user", "content": [{"type": "text", "text": instruction}, {"type": "image"}]}]
         self.prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         ends = model.generation_config.eos_token_id
-        self.ends = torch.tensor(ends if isinstance(ends, list) else [ends])
+        self.ends = torch.tensor(ends if isinstance(ends, list) else [end for end in [ends] if end is not None])
 
     def inputs(self, pictures):
         inputs = self.processor(
@@ -199,11 +199,15 @@ def load(arguments, source=None):
     Ends the program with a sentence if it can't be loaded.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every size of an image or a text
+    environment.quiet()
     source = source or loading.find(arguments.model)
-    with told(f"The processor of {source.name} can't be loaded", OSError, ValueError):
+    with told(
+        f"The processor of {source.name} can't be loaded", Exception
+    ):  # of damaged files, libraries raise anything
         processor = hub.patiently(source.model, lambda: AutoProcessor.from_pretrained(source.model))
     if not processor.chat_template:
-        sys.exit(f"{source.name} has no chat template: choose an instruction-tuned model (...-Instruct).")
+        again = "copy its folder again" if source.is_adapter else "choose an instruction-tuned model (...-Instruct)"
+        sys.exit(f"{source.name} has no chat template: {again}.")
     try:
         load_it = load_adapter if source.is_adapter else load_whole
         model = load_it(source, arguments.load_in_4bit)
@@ -221,14 +225,23 @@ def load(arguments, source=None):
 def instruction_for(source, given):
     """What a model is asked: what is `given`, or else what it was trained with, or else what the script would ask."""
     if not given and not source.how:
-        print(f"{source.name} does not say what it is asked: {loading.INSTRUCTION!r} (--instruction)", file=sys.stderr)
+        print(
+            f"{source.name} has no record of how it was trained: asking {loading.INSTRUCTION!r} (--instruction), "
+            f"{'its base ' * source.is_adapter}as it is stored (--load_in_4bit)",
+            file=sys.stderr,
+        )
     return given or source.how.get("instruction", loading.INSTRUCTION)
+
+
+def in_4_bits(source, given):
+    """Whether weights are to be in 4 bits: as `given`, or else as in training; models that are stored so always are."""
+    return source.how.get("load_in_4bit", False) * source.is_adapter if given is None else given
 
 
 def load_adapter(source, load_in_4bit):
     """An adapter beside its base model, loaded and computed as in training."""
     how = {"load_in_4bit": False, "quantization": None, "bf16": True, "fp16": False} | source.how
-    how["load_in_4bit"] = how["load_in_4bit"] if load_in_4bit is None else load_in_4bit
+    how["load_in_4bit"] = in_4_bits(source, load_in_4bit)
     folder, dtype, device = Path(source.model), torch.float32, "cpu"
     if torch.cuda.is_available():
         device, native = 0, torch.cuda.is_bf16_supported(including_emulation=False)

@@ -109,25 +109,28 @@ def test_bad_files_are_named_the_others_are_read_and_the_exit_code_says_so(pictu
     good = (tmp_path / "good.png").read_bytes()
     bad = {
         "empty.png": (b"", "the file is empty"),
-        "text.png": (b"hello", "not an image"),
-        "cut.png": (good[: len(good) // 2], f"cut off after {len(good) // 2:,} bytes"),
+        "text.png": (b"hello", "not an image: 5 bytes of something else"),
+        "cut.png": (good[: len(good) // 2], "image cut off after"),
         "bad.pdf": (b"%PDF-1.4 nothing", "a PDF file that is damaged"),
         "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image"),
     }
     for name, (content, _) in bad.items():
         (tmp_path / name).write_bytes(content)
     Image.new("RGB", (900, 2)).save(tmp_path / "thin.png")
+    Image.new("RGB", (90, 20), "white").save(tmp_path / "blank.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "nothing.png")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder").mkdir()
     reasons = {name: reason for name, (_, reason) in bad.items()}
     reasons |= {"thin.png": "200 times as long", "pipe.png": "not a file", "folder": "without images"}
-    reasons["none.png"] = "no such file"
+    reasons |= {"none.png": "no such file", "blank.png": "image of one color", "link.png": "a link to nothing"}
+    reasons["n" * 300] = "no such file"
     code, read, said = command(*(tmp_path / name for name in (*reasons, "good.png")))
     assert code == 1 and [*read] == [str(tmp_path / "good.png")] and "Traceback" not in said
     for name, reason in reasons.items():
         (line,) = [line for line in said.splitlines() if line.startswith(f"{tmp_path / name}: ")]
         assert reason in line
-    assert f"{len(reasons)} of {len(reasons) + 1} files could not be read" in said.splitlines()[-1]
+    assert f"{len(reasons)} of {len(reasons) + 1} files could not be read completely" in said.splitlines()[-1]
 
 
 def test_a_page_that_is_damaged_costs_only_itself(pictures, command, tmp_path, monkeypatch):
@@ -136,12 +139,13 @@ def test_a_page_that_is_damaged_costs_only_itself(pictures, command, tmp_path, m
     monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "seek", lambda self, n: seek(self, 9 if n == 1 else n))
     code, read, said = command(tmp_path / "scan.tif")
     assert code == 1 and [*read] == [f"{tmp_path / 'scan.tif'}#page={number}" for number in (1, 3)]
-    assert "scan.tif#page=2: damaged" in said and "1 of 1 files could not be read, or not all of their pages" in said
+    assert "scan.tif#page=2: image " in said and "1 of 1 files could not be read completely" in said
 
 
 SENTENCES = {
     "nothing to read": ([], "name images to read"),
-    "both": (["x.png", "--clipboard"], "name images to read"),
+    "both": (["x.png", "--clipboard"], "--clipboard takes no files"),
+    "a file without a name": ([""], "an empty name"),
     "another kind of table": (["x.png", "--output", "t.xls"], ".csv, .jsonl or .md"),
     "a resumed nothing": (["x.png", "--resume"], "name it with --output"),
     "no limit": (["x.png", "--max_new_tokens", "0"], "a whole number above 0"),
@@ -232,7 +236,8 @@ def test_a_pdf_page_is_drawn_large_enough_to_be_read_and_no_larger(tmp_path):
     figure = plt.figure(figsize=(1, 0.5))
     figure.text(0.1, 0.3, "$x^2$", fontsize=10)
     figure.savefig(tmp_path / "small.pdf")
-    plt.figure(figsize=(100, 50)).savefig(tmp_path / "poster.pdf")
+    figure.set_size_inches(100, 50)
+    figure.savefig(tmp_path / "poster.pdf")
     ((_, small),) = images.pages("small", tmp_path / "small.pdf")
     ((_, poster),) = images.pages("poster", tmp_path / "poster.pdf")
     assert small.size == (200, 100) and small.mode == "RGB" and len(small.getcolors(999)) > 5
@@ -323,45 +328,81 @@ def rows_of(table):
         return dict(zip(rows["file"], rows["latex"], strict=True))
     lines = table.read_text().splitlines()[2:]
     cells = [line.removeprefix("| ").split(" | ") for line in lines]
-    return {file: latex.strip("` ").replace(r"\|", "|") for file, latex, *_ in cells}
+    cells = [[cell.replace(r"\|", "|") for cell in row] for row in cells]
+    return {file: latex.strip("` ") for file, latex, *_ in cells}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "md"])
+def about(table):
+    return json.loads(table.with_name(f"{table.name}.about").read_text())
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "md"])
 def test_a_table_goes_on_where_it_was_interrupted(kind, pictures, command, tmp_path):
-    for number, picture in enumerate(pictures[:6]):
-        picture.save(tmp_path / f'{number}, "odd".png')
+    odd = [
+        'a, "odd".png',
+        "b | c.png",
+        "d\\.png",
+        "tab\tand\nline.png",
+        "e.png#page=2",
+        "f\u2028g.png",
+        os.fsdecode(b"\xff.png"),
+    ]
+    files = [tmp_path / name for name in odd]
+    for file, picture in zip(files, pictures, strict=False):
+        with open(file, "wb") as opened:
+            picture.save(opened, "PNG")
     table = tmp_path / f"table.{kind}"
-    files = sorted(tmp_path.glob("*.png"))
-    code, all_read, said = command(*files[:3], tmp_path / "none.png", "--output", table)
-    assert code == 1 and table.with_name(f"{table.name}.unfinished").exists() and "--resume" in said
-    half = table.read_bytes()[:-7]
-    table.write_bytes(half)  # as a kill leaves it
+    labels = [images.printable(str(file)) for file in files]
+    code, all_read, said = command(*files[:4], tmp_path / "none.png", "--output", table)
+    assert code == 1 and not about(table)["complete"] and "--resume" in said
+    table.write_bytes(table.read_bytes()[:-7])  # as a kill leaves it
     pictures[9].save(tmp_path / "none.png")
     code, read, said = command(*files, tmp_path / "none.png", "--output", table, "--resume")
-    assert code == 0, said
-    assert [*read] == [*map(str, files[2:]), str(tmp_path / "none.png")], "what was whole is not read again"
-    assert {*rows_of(table)} == {*map(str, files), str(tmp_path / "none.png")}
-    assert rows_of(table) == all_read | read
-    assert not table.with_name(f"{table.name}.unfinished").exists()
+    assert code == 0 and about(table)["complete"], said
+    assert [*read] == [*labels[3:], str(tmp_path / "none.png")], "what was whole is not read again"
+    assert len(rows_of(table)) == len(files) + 1 and rows_of(table) == all_read | read
     code, read, said = command(*files, "--output", table, "--resume")
     assert code == 0 and not read and "has them all" in said
+    # Another file makes it longer; one whose name a page of another could have is not taken for that.
+    pictures[8].save(tmp_path / "e.png")
+    code, read, said = command(*files, tmp_path / "e.png", "--output", table, "--resume")
+    assert code == 0 and [*read] == [str(tmp_path / "e.png")] and len(rows_of(table)) == len(files) + 2
 
 
-def test_a_table_is_never_overwritten_nor_mixed(base, pictures, command, tmp_path):
+def test_one_file_is_read_once(pictures, command, tmp_path, monkeypatch):
+    pictures[0].save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    code, read, said = command("a.png", "./a.png", tmp_path / "a.png", ".")
+    assert code == 0 and [*read] == ["a.png"]
+
+
+def test_a_table_is_never_overwritten_nor_mixed(base, pictures, command, tmp_path, monkeypatch):
     pictures[0].save(tmp_path / "a.png")
     table = tmp_path / "table.csv"
     table.write_text("my own notes\n")
-    for words, sentence in (([], "is there already"), (["--resume"], "was finished, without some of these")):
+    for words, sentence in (([], "is there already"), (["--resume"], "was not made by this command")):
         code, read, said = command(tmp_path / "a.png", "--output", table, *words)
         assert code and not read and sentence in said and table.read_text() == "my own notes\n"
     table.unlink()
     assert command(tmp_path / "a.png", tmp_path / "none.png", "--output", table)[0] == 1
     before = table.read_bytes()
     save_adapter(base, tmp_path / "other" / "adapter", seed=1)
-    code, read, said = command(tmp_path / "a.png", "--output", table, "--resume", model=tmp_path / "other")
-    assert code and not read and "was made by something else" in said and table.read_bytes() == before
+    resume = (tmp_path / "a.png", "--output", table, "--resume")
+    for words, how, name in (
+        ((), {"model": tmp_path / "other"}, "model"),
+        (("--load_in_4bit",), {}, "load in 4bit"),
+        (("--instruction", "Read!"), {}, "instruction"),
+    ):
+        code, read, said = command(*resume, *words, **how)
+        assert code and not read and f"was made with {name} " in said and table.read_bytes() == before
+    monkeypatch.chdir(tmp_path)
+    assert f"was made with folder {ROOT}" in command(*resume)[2]
     code, read, said = command(tmp_path / "a.png", "--output", tmp_path / "none" / "t.csv")
-    assert code == 1 and "Could not write" in said and "Traceback" not in said
+    assert code == 1 and "there is no folder" in said and "Traceback" not in said
+    # If the model can't be loaded, nothing is left that would be in the way.
+    code, read, said = command(tmp_path / "a.png", "--output", tmp_path / "new.csv", model=tmp_path / "other2")
+    assert code and not [*tmp_path.glob("new*")]
 
 
 def test_a_table_says_what_was_cut_and_how_certain_the_model_was(pictures, reads, command, tmp_path):
@@ -440,12 +481,46 @@ def test_the_merge_is_taken_only_if_it_is_this_adapter_s(base, tmp_path, capsys)
 def test_what_a_model_is_asked_and_how_it_is_loaded(base, run, capsys):
     assert reader.load(arguments(run)).instruction == "What is it?"
     assert reader.load(arguments(run, "--instruction", "Read!")).instruction == "Read!"
-    assert "does not say" not in capsys.readouterr().err
+    assert "no record" not in capsys.readouterr().err
     whole = reader.load(arguments(base))
-    assert whole.instruction == loading.INSTRUCTION and "does not say what it is asked" in capsys.readouterr().err
+    assert whole.instruction == loading.INSTRUCTION and "no record of how it was trained" in capsys.readouterr().err
     assert not whole.source.is_adapter
     in_4_bits = reader.load(arguments(base, "--load_in_4bit"))
     assert in_4_bits.model.is_loaded_in_4bit and not getattr(whole.model, "is_loaded_in_4bit", False)
+
+
+def test_an_adapter_that_does_not_fit_is_not_read_as_its_base(base, tmp_path):
+    """Weights of other names, or half of them: PEFT warns, and goes on with what adapters start as."""
+    from safetensors.torch import load_file, save_file
+
+    save_adapter(base, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    for some in ({f"x.{name}": weight for name, weight in weights.items()}, dict([*weights.items()][1:]), {}):
+        save_file(some, file)
+        with pytest.raises(
+            SystemExit, match=f"does not fit the base model .*{len(weights.keys() - some)} of its weights"
+        ):
+            reader.load(arguments(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change", [{"instruction": None}, {"load_in_4bit": "false"}, {"quantization": "nf4"}, {"bf16": 1}]
+)
+def test_how_it_was_trained_is_known_or_refused(change, base, tmp_path):
+    save_adapter(base, tmp_path / "adapter")
+    how = json.loads((tmp_path / "adapter" / "reading.json").read_text()) | change
+    (tmp_path / "adapter" / "reading.json").write_text(json.dumps(how))
+    with pytest.raises(SystemExit, match=f"it does not say {next(iter(change))}"):
+        loading.find(str(tmp_path))
+
+
+def test_a_checkpoint_is_read_as_its_run(base, tmp_path):
+    save_adapter(base, tmp_path / "checkpoint-2")
+    how = json.loads((tmp_path / "checkpoint-2" / "reading.json").read_text()) | {"instruction": "And this?"}
+    (tmp_path / "checkpoint-2" / "reading.json").unlink()
+    (tmp_path / "checkpoint-2" / "run.json").write_text(json.dumps({"settings": how}))
+    assert reader.load(arguments(tmp_path / "checkpoint-2")).instruction == "And this?"
 
 
 def test_a_base_that_is_gone_or_moved(base, tmp_path, monkeypatch):
@@ -463,7 +538,7 @@ def test_a_base_that_is_gone_or_moved(base, tmp_path, monkeypatch):
         reader.load(arguments(tmp_path / "outputs"))
 
 
-@pytest.mark.parametrize("name", ["nowhere/at/all", "none"])
+@pytest.mark.parametrize("name", ["nowhere/at/all", "none", "tests/nothing"])
 def test_a_model_that_is_not_there(name):
     with pytest.raises(SystemExit) as ended:
         loading.find(name)
@@ -490,7 +565,7 @@ def test_a_name_on_the_hub(base, run, pictures, command, tmp_path):
     for asked in (True, False):
         hub.asked.clear()
         ended = subprocess.run(words, cwd=ROOT, env=there, capture_output=True, text=True, timeout=300)
-        assert ended.returncode == 0 and "does not say" not in ended.stderr, ended.stderr[-3000:]
+        assert ended.returncode == 0 and "no record" not in ended.stderr, ended.stderr[-3000:]
         assert ended.stdout.split("\t")[1].strip() == command(tmp_path / "a.png")[1][str(tmp_path / "a.png")]
         assert bool(hub.asked) == asked and not [path for path in hub.asked if "notes.bin" in path]
     words[4] = "somebody/nothing"
