@@ -186,8 +186,12 @@ def save(wanted, options, found, predictions, names, about):
         (part / "scores.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
         page = report_page.make_page(part, predictions, names, judged, about)
         (part / "report.html").write_text(page, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
+        old = folder.with_name(f"{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         part.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     report.print_summary(names, judged, len(predictions))
     print(*scores.remarks(predictions), sep="\n")
     print(f"Report: {folder / 'report.html'}")
