@@ -31,7 +31,7 @@ os.environ.update(ENVIRONMENT)
 ON_GPU = Path("/dev/nvidiactl").exists()
 AT_FIRST = dict(os.environ)
 # Of no matter to what is started: pytest's own, and what PyTorch's compiler sets where a test imports it.
-HARMLESS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+HARMLESS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}
 
 
 def changed_environment():
