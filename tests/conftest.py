@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -26,22 +27,36 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED"
 os.environ.update(ENVIRONMENT)
 
 
-def environment_now():
-    """What a run would see, without what the kit sets itself, in this process too where a test has imported it."""
-    own = {*SETTINGS, "CUDA_VISIBLE_DEVICES", "PYTEST_CURRENT_TEST"}
-    return {name: value for name, value in os.environ.items() if name not in own}
+# With a GPU, Unsloth has to be imported first, and a process that has asked for CUDA can't fork one that uses it.
+ON_GPU = Path("/dev/nvidiactl").exists()
+AT_FIRST = dict(os.environ)
+# Of no matter to what is started: pytest's own, and what PyTorch's compiler sets where a test imports it.
+HARMLESS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}
 
 
-AT_FIRST = environment_now()
+def changed_environment():
+    """The variables that are not as they were when the tests began, of those that matter to what is started."""
+    prepared = SETTINGS | AT_FIRST  # as the kit leaves it in this process, where a test has imported it
+    prepared["CUDA_VISIBLE_DEVICES"] = AT_FIRST.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    names = {*os.environ, *AT_FIRST} - HARMLESS
+    return {name for name in names if os.environ.get(name) not in (AT_FIRST.get(name), prepared.get(name))}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment_stays():
+    """No file of tests, nor a library it imports, leaves a variable behind: all later runs would start anew, slowly."""
+    yield
+    assert not changed_environment()
 
 
 class Zygote:
-    """A process that has imported the libraries, and forks whenever the script is to be started (see `zygote.py`)."""
+    """A process that has imported the libraries, and forks whenever something is to be started (see `zygote.py`)."""
 
     def __init__(self, environment):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        # Without a buffer of its own, as `wait` asks the pipe whether there is a line.
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
         command = [sys.executable, ROOT / "tests" / "zygote.py"]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
     def __enter__(self):
         return self
@@ -50,10 +65,10 @@ class Zygote:
         self.process.stdin.close()
         self.process.wait()
 
-    def start(self, options, *files):
-        """Starts the script, its output and errors going to these files. Returns its process's id."""
-        self.process.stdin.write(json.dumps([[*map(str, options)], *map(str, files)]) + "\n")
-        self.process.stdin.flush()
+    def start(self, options, out, err, **how):
+        """Starts the script, or as `how` says (see `zygote.py`), its outputs into files. Returns its process's id."""
+        what = {"arguments": [*map(str, options)], "out": str(out), "err": str(err), "cwd": str(ROOT)} | how
+        self.process.stdin.write(json.dumps(what).encode() + b"\n")
         return int(self.process.stdout.readline())
 
     def wait(self, timeout=None):
@@ -65,26 +80,45 @@ class Zygote:
 @functools.cache
 def zygote():
     """The one that serves this process, until that ends."""
-    ours = Zygote(AT_FIRST | SETTINGS)
+    ours = Zygote(AT_FIRST | {name: value for name, value in SETTINGS.items() if name not in AT_FIRST})
     atexit.register(ours.__exit__)
     return ours
 
 
-def run(*arguments, timeout=600):
-    """`python finetune_qwen_vl.py *arguments` in the project's root: its `CompletedProcess`, outputs as text."""
-    command = [sys.executable, SCRIPT.name, *map(str, arguments)]
-    if environment_now() != AT_FIRST:  # which some libraries read when they are imported
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+def forked(command, arguments, timeout, **how):
+    """What `subprocess.run(command)` would return, `arguments` being those of it that the program sees."""
     server = zygote()
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "out"), Path(folder, "err")
-        child = server.start(arguments, *files)
+        child = server.start(arguments, *files, **how)
         code = server.wait(timeout)
         if code is None:
             os.kill(child, signal.SIGKILL)
             server.wait()
-            raise subprocess.TimeoutExpired(command, timeout)
+            raise subprocess.TimeoutExpired(command, timeout, *(file.read_bytes() for file in files))
         return subprocess.CompletedProcess(command, code, *(file.read_text() for file in files))
+
+
+def run(*arguments, timeout=600, fresh=False):
+    """`python finetune_qwen_vl.py *arguments` in the project's root: its `CompletedProcess`, outputs as text.
+
+    It is forked from a process that has imported the libraries, unless it is to be `fresh`, as users start it, or the
+    environment is another than when the tests began: libraries read it when they are imported.
+    """
+    command = [sys.executable, SCRIPT.name, *map(str, arguments)]
+    if fresh or ON_GPU or changed_environment():
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    return forked(command, arguments, timeout)
+
+
+def kit(*arguments, cwd=ROOT, timeout=300, fresh=False, **environment):
+    """`python -m qwen_vl_kit *arguments` from any folder, with `environment` added to this one; forked as in `run`."""
+    command = [sys.executable, "-m", "qwen_vl_kit", *map(str, arguments)]
+    there = os.environ | environment
+    there["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(ROOT)]))
+    if fresh or ON_GPU or environment or changed_environment():
+        return subprocess.run(command, cwd=cwd, env=there, capture_output=True, text=True, timeout=timeout)
+    return forked(command, arguments, timeout, module=command[2], cwd=str(cwd), paths=[str(cwd), str(ROOT)])
 
 
 def run_changed(change, *arguments, timeout=600):
@@ -95,8 +129,8 @@ def run_changed(change, *arguments, timeout=600):
 
 
 def execute(*arguments):
-    """Runs the script in this process; returns its names."""
-    with pytest.MonkeyPatch.context() as patch:
+    """Runs the script in this process; returns its names. The environment is then as before, for what is started."""
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
         patch.chdir(ROOT)
         patch.syspath_prepend(ROOT)
         patch.setattr(sys, "argv", [SCRIPT.name, *map(str, arguments)])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, run
+from conftest import ROOT, SHORT, kit, run
 from hub import Hub
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -42,14 +42,6 @@ READ, ASK, UNSLOTH = (
     block("OpenAI("),
     block("FastVisionModel"),
 )
-
-
-def export(*arguments, cwd=ROOT, **environment):
-    """`python -m qwen_vl_kit export *arguments`, with `environment` added to this one: its `CompletedProcess`."""
-    command = [sys.executable, "-m", "qwen_vl_kit", "export", *map(str, arguments)]
-    paths = os.pathsep.join(filter(None, [environment.pop("PYTHONPATH", ""), str(ROOT)]))
-    there = os.environ | environment | {"PYTHONPATH": paths}
-    return subprocess.run(command, cwd=cwd, env=there, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +107,7 @@ def test_ten_lines_without_the_kit_read_a_folder(place, readings):
 
 def read_by_command(place, model):
     """What `read` reads in `images` with `outputs/<model>`, and what it says."""
-    command = [sys.executable, "-m", "qwen_vl_kit", "read", f"outputs/{model}", "images"]
-    there = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, cwd=place, env=there, capture_output=True, text=True, timeout=300)
+    ended = kit("read", f"outputs/{model}", "images", cwd=place)
     assert ended.returncode == 0, ended.stderr[-3000:]
     read = dict(line.split("\t") for line in ended.stdout.splitlines())
     return {Path(file).name: text for file, text in read.items()}, ended.stderr
@@ -134,9 +124,7 @@ def test_the_command_reads_as_the_run_did(place, readings):
 
 def test_scores_without_training_are_the_run_s(place):
     """Both: of the model, and of its base, asked and prepared as in the run."""
-    command = [sys.executable, "-m", "qwen_vl_kit", "score", "outputs", "--against", "base"]
-    there = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, cwd=place, env=there, capture_output=True, text=True, timeout=300)
+    ended = kit("score", "outputs", "--against", "base", cwd=place)
     assert ended.returncode == 0, ended.stderr[-3000:]
     scores = json.loads((place / "outputs/score/scores.json").read_text())
     metrics = json.loads((place / "outputs/metrics.json").read_text())
@@ -144,9 +132,8 @@ def test_scores_without_training_are_the_run_s(place):
     rows = [json.loads(line) for line in (place / "outputs/score/predictions.jsonl").read_text().splitlines()]
     record = json.loads((place / "outputs/run.json").read_text())
     assert [row["row"] for row in rows] == [row for row, _ in record["held_out"]]
-    command[4:] = ["outputs", "--dataset_name", str(ROOT / "demo/data"), "--dataset_test_split", "train"]
-    command += ["--num_test_rows", "3"]
-    ended = subprocess.run(command, cwd=place, env=there, capture_output=True, text=True, timeout=300)
+    others = ("--dataset_name", ROOT / "demo/data", "--dataset_test_split", "train", "--num_test_rows", 3)
+    ended = kit("score", "outputs", *others, cwd=place)
     assert "may have been trained on 3 of these rows" in ended.stdout, ended.stderr[-3000:]
 
 
@@ -193,7 +180,7 @@ def exact(place):
     """A copy of `place`, but for the merged model, which has 32 bits: no rounding excuses a difference."""
     exact = place.with_name(f"{place.name}-exact")
     shutil.copytree(place, exact, symlinks=True)
-    ended = export(exact / "outputs", "--save-merged", "--dtype", "float32")
+    ended = kit("export", exact / "outputs", "--save-merged", "--dtype", "float32")
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "reads 32 of 32" in ended.stdout and "in float32" in ended.stdout
     return exact
@@ -242,7 +229,7 @@ def test_a_merge_that_reads_otherwise_does_not_count(place, tmp_path):
     )
     before = (outputs / "merged" / "model.safetensors").read_bytes()
     (outputs / "merged" / "made_of.json").unlink()  # else it is there already, and nothing is to be done
-    ended = export(outputs, "--save_merged", PYTHONPATH=str(tmp_path))
+    ended = kit("export", outputs, "--save_merged", PYTHONPATH=str(tmp_path))
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert ended.stderr.strip().splitlines()[-1].startswith("Not merged: it reads ")
     assert (outputs / "merged" / "model.safetensors").read_bytes() == before, "the good one is lost"
@@ -321,7 +308,7 @@ def test_foreign_files_in_the_adapter_s_folder_are_not_pushed(place, hub, tmp_pa
         (outputs / "adapter" / name).parent.mkdir(exist_ok=True)
         (outputs / "adapter" / name).write_text("private")
     there = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret"}
-    ended = export(outputs, "--push_to_hub", "--hub_model_id", "somebody/again", **there)
+    ended = kit("export", outputs, "--push_to_hub", "--hub_model_id", "somebody/again", **there)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert set(hub.files["somebody/again"]) == set(hub.files["somebody/latex"])
 
@@ -340,7 +327,7 @@ if not torch.cuda.is_available():
 def test_what_can_t_be_done_is_one_sentence(case, place, hub, tmp_path):
     arguments, words = SENTENCES[case]
     there = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "", "HF_HOME": str(tmp_path)}
-    ended = export(place / "outputs", *arguments, **there)
+    ended = kit("export", place / "outputs", *arguments, **there)
     assert ended.returncode not in (0, None)
     assert "Traceback" not in ended.stderr and words in ended.stderr.strip().splitlines()[-1], ended.stderr[-3000:]
     assert "somebody/other" not in hub.files
@@ -411,7 +398,7 @@ def test_each_error_is_told_as_what_it_is(case, place, tmp_path):
     change, words = BROKEN[case]
     outputs = shutil.copytree(place / "outputs", tmp_path / "outputs", ignore=lambda *_: ["merged"])
     change(outputs)
-    ended = export(outputs, "--save_merged")
+    ended = kit("export", outputs, "--save_merged")
     assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr[-3000:]
     said = ended.stderr.strip().splitlines()[-1]
     assert words in said
@@ -422,7 +409,7 @@ def test_each_error_is_told_as_what_it_is(case, place, tmp_path):
 def test_an_unexpected_error_keeps_its_traceback(place, tmp_path):
     outputs = shutil.copytree(place / "outputs", tmp_path / "outputs")
     changed(outputs / "metrics.json", settings={"instruction": "Write.", "max_new_tokens": 8})
-    ended = export(outputs, "--save_merged")
+    ended = kit("export", outputs, "--save_merged")
     assert ended.returncode == 1 and "Traceback" in ended.stderr and ended.stderr.strip().endswith("KeyError: 'bf16'")
 
 
