@@ -42,13 +42,6 @@ def changed_environment():
     return {name for name in names if os.environ.get(name) not in (AT_FIRST.get(name), prepared.get(name))}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def environment_stays():
-    """No file of tests, nor a library it imports, leaves a variable behind: all later runs would start anew, slowly."""
-    yield
-    assert not changed_environment()
-
-
 class Zygote:
     """A process that has imported the libraries, and forks whenever something is to be started (see `zygote.py`)."""
 
