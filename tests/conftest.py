@@ -30,8 +30,13 @@ os.environ.update(ENVIRONMENT)
 # With a GPU, Unsloth has to be imported first, and a process that has asked for CUDA can't fork one that uses it.
 ON_GPU = Path("/dev/nvidiactl").exists()
 AT_FIRST = dict(os.environ)
-# Of no matter to what is started: pytest's own, and what PyTorch's compiler sets where a test imports it.
-HARMLESS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}
+# Of no matter to what is started: pytest's own, and what Gradio and PyTorch's compiler set where a test imports them.
+HARMLESS = {
+    "PYTEST_CURRENT_TEST",
+    "HF_HUB_DISABLE_TELEMETRY",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
+}
 
 
 def changed_environment():
