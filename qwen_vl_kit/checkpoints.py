@@ -17,11 +17,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from qwen_vl_kit import export, lock
-from qwen_vl_kit.finished import digest_of
+from qwen_vl_kit.finished import RECORD, digest_of
 from qwen_vl_kit.sentences import fail, first_line
 
 PART = ".part"  # the folder of what is not whole yet
-RECORD = "run.json"  # what a checkpoint was made of, and what its files are
 NO_OPTIMIZER = "it has no optimizer state, as --save_only_model leaves it"
 
 

@@ -16,6 +16,7 @@ from qwen_vl_kit.sentences import first_line
 # What every reading of `predictions.jsonl` has, and every `metrics.json`, also where the script ran without the kit.
 READING = {"text", "cut", "errors", "length"}
 METRICS = {"settings", "train", "test_split"}
+RECORD = "run.json"  # in a checkpoint: what it was made of, and what its files are; in a run's folder: the former
 
 
 def metrics_of(outputs):

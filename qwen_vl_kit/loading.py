@@ -10,12 +10,11 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from qwen_vl_kit.finished import HUB_NAME, adapter_in, metrics_of, not_made_of, parsed, text_of
+from qwen_vl_kit.finished import HUB_NAME, RECORD, adapter_in, metrics_of, not_made_of, parsed, text_of
 from qwen_vl_kit.sentences import told
 
 # How the script quantizes a base model that is not stored in 4 bits, where a run has not written it down.
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-RECORD = "run.json"  # in a checkpoint
 HOW = "reading.json"  # lies beside an adapter's weights, and those of a merge
 # All that an adapter and its processor consist of. Whatever else lies in the folder is not pushed, and not fetched.
 SHARED = ["README.md", "adapter_config.json", "adapter_model.safetensors", "*token*.json", "*processor_config.json"]

@@ -17,8 +17,7 @@ from datasets import Image
 from tqdm.auto import tqdm
 
 from qwen_vl_kit import hub, loading, reader, report, report_page, rows, run, scores
-from qwen_vl_kit.checkpoints import RECORD
-from qwen_vl_kit.finished import local_names, metrics_of, parsed, text_of
+from qwen_vl_kit.finished import RECORD, local_names, metrics_of, parsed, text_of
 from qwen_vl_kit.memory import free_memory
 from qwen_vl_kit.record import fingerprint_of_texts
 from qwen_vl_kit.results import machine
@@ -48,7 +47,9 @@ def score(wanted):
     predictions = [
         {"row": row, "image": f"held_out/{row}.png", "truth": truth} for row, truth in zip(chosen, truths, strict=True)
     ]
-    wanted.instruction, names = reads.instruction, {"after": source.name}  # another model is asked the same
+    names = {"after": source.name}
+    if other and not other.how:  # of what does not say what it was trained with, the same is asked
+        wanted.instruction = reads.instruction
 
     def read(when, reads):
         began = time.perf_counter()

@@ -88,6 +88,23 @@ def test_the_base_is_read_without_the_adapter(base, run, command, tmp_path):  # 
     assert json.loads((folder / "scores.json").read_text())["after"] == found[0]["before"]
 
 
+def test_each_model_is_asked_what_it_was_trained_with(base, run, command, tmp_path):  # noqa: F811
+    """One that does not say it is asked the same as the other; what is asked for on the command line goes for both."""
+    save_adapter(base, tmp_path / "other" / "adapter", seed=1)
+    file = tmp_path / "other" / "adapter" / "reading.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"instruction": "Another?"}))
+    for words, model, asked in (
+        ((), run, {"after": "What is it?", "before": "Another?"}),
+        (("--instruction", "Read!"), run, {"after": "Read!", "before": "Read!"}),
+        ((), base, {"after": "Write the LaTeX representation for this image.", "before": "Another?"}),
+    ):
+        code, folder, said = command("--num_test_rows", 2, "--against", tmp_path / "other", *words, model=model)
+        assert code == 0, said
+        numbers = json.loads((folder / "scores.json").read_text())
+        for when, name in numbers["models"].items():
+            assert numbers["about"][name].endswith(f"asked: {asked[when]}")
+
+
 def test_rows_are_chosen_as_a_run_chooses_them(command, rows, tmp_path):
     """Rows that can't be used are named and left out, and the next ones taken."""
     image = io.BytesIO()
