@@ -4,7 +4,9 @@ Wraps `split_batch`, `load_splits`, `load_model`, `read` and `save`: each proces
 held-out images, the first one downloads and saves, and with `fsdp.yaml` each keeps a part of the weights.
 """
 
+import atexit
 import os
+import sys
 from functools import partial
 
 import torch
@@ -17,6 +19,20 @@ from qwen_vl_kit import run
 
 sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # as fsdp.yaml asks for
 processes = int(os.environ.get("WORLD_SIZE", 1))
+saved = False  # whether all that a run is to leave is there
+
+
+@atexit.register
+def end():
+    """Ends a process of several whose work is done, without taking Python down.
+
+    A thread of gloo (torch 2.10) that still lets go of a tensor by then aborts the process: once in some hundred runs,
+    a launcher called a run failed that had saved everything. Registered first, this is called after what others do.
+    """
+    if processes > 1 and saved:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def split_batch(step, options, free):
@@ -53,9 +69,11 @@ def read(step, samples, batch_size):
 
 
 def save(step, outputs, predictions, metrics):
+    global saved
     if sharded:  # put together what each process has of the adapters
         weights = {name: value.full_tensor() for name, value in run.model.named_parameters() if value.requires_grad}
         run.model.save_pretrained = partial(run.model.save_pretrained, state_dict=weights)
     run.options.distributed_state.destroy_process_group()
     if run.options.process_index == 0:
         step(outputs, predictions, metrics | {"processes": run.options.world_size})
+    saved = True

@@ -89,6 +89,14 @@ def test_two_processes_read_each_row_once_and_as_one_does(one, two):
         assert metrics(folder)[when] == metrics(one)[when]
 
 
+def test_a_process_that_aborts_as_python_ends_has_done_its_work_by_then(tmp_path):
+    """As a thread of gloo now and then makes it do; here, what is done away with last does."""
+    change = 'if len(taken) == 1: sys.last = type("Last", (), {"__del__": lambda self, abort=os.abort: abort()})()'
+    ended = launch_uneven(tmp_path, change, *OPTIONS, tmp_path / "outputs")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert metrics(tmp_path / "outputs")["processes"] == 2
+
+
 def test_one_process_speaks(two):
     folder, printed = two
     for line in ("demo/data: 48 rows to train on", "Before training", "After training", "Report: ", "Trained in"):
