@@ -29,8 +29,8 @@ NOTEBOOK_OPTIONS = ""  # in a notebook: options as in a terminal, such as "--con
 class Settings:
     """Every number of the recipe. The comment after a setting is its --help."""
 
-    model_name_or_path: str = "unsloth/Qwen2-VL-7B-Instruct-bnb-4bit"  # the base model: a hub name or a folder
-    dataset_name: str = "unsloth/LaTeX_OCR"  # a hub name, a folder, or a parquet, JSON or CSV file
+    model_name_or_path: str = "unsloth/Qwen2-VL-7B-Instruct-bnb-4bit"  # base model: hub name or folder
+    dataset_name: str = "unsloth/LaTeX_OCR"  # hub name, folder, or parquet, JSON or CSV file
     output_dir: str = "outputs"  # the folder for all that is written
     max_steps: int = 30  # optimizer steps: 30 show that it works, a few hundred teach
     num_train_epochs: float = 0  # if above 0, overrides max_steps: passes over all training rows
@@ -40,7 +40,7 @@ class Settings:
     lora_alpha: int = 16  # what the adapters add is scaled by lora_alpha / lora_r
     min_pixels: int | None = 30_000  # enlarge images with a smaller area; None: the model's default
     num_test_rows: int = 64  # held-out images, read before and after
-    seed: int = 3407  # decides what is held out, the order of the rows, and how the adapters start
+    seed: int = 3407  # decides the held-out rows, the order, how adapters start
     resume_from_checkpoint: str | None = None  # a checkpoint's folder, or true: the last one in output_dir
 
     instruction: str = "Write the LaTeX representation for this image."  # what the model is asked
@@ -48,22 +48,22 @@ class Settings:
     text_column: str = "text"  # the column of their LaTeX
     dataset_config: str | None = None  # which configuration of the data set, if it has several
     dataset_train_split: str = "train"  # the split to train on
-    dataset_test_split: str = "test"  # the split to measure on; if there is none, part of train is held out
+    dataset_test_split: str = "test"  # the split to measure on; if there is none, part of train
     load_in_4bit: bool = True  # keep the frozen weights in 4 bits (bitsandbytes nf4)
     lora_dropout: float = 0.0  # dropout before the adapters
     lora_target_modules: str = r".*(_proj|qkv|attn\.proj|fc[12])"  # regular expression of the layers with adapters
     max_pixels: int | None = None  # shrink images with a larger area; None: the model's default
     test_batch_size: int = 64  # held-out images to read at once
-    max_new_tokens: int = 128  # token limit of a reading; scoring raises it to the longest true formula
+    max_new_tokens: int = 128  # token limit of a reading; scores raise it to the longest truth
     temperature: float = 1.5  # of the streamed reading; scores use greedy decoding
-    min_p: float = 0.1  # of the streamed reading: skip tokens less likely than this fraction of the likeliest
+    min_p: float = 0.1  # of the streamed reading: tokens at least this share as likely as the likeliest
     per_device_train_batch_size: int | None = None  # samples at once on a GPU; None: as many as fit
     gradient_accumulation_steps: int | None = None  # micro-batches per optimizer step; None: as batch_size needs
     gradient_checkpointing: bool | None = None  # recompute activations: less memory, slower; None: only if needed
     warmup_steps: float = 5  # steps in which the learning rate rises, before it falls
-    optim: str = "adamw_torch_fused"  # optimizer; 8-bit AdamW saves 0.3 GB and adds 0.1 s to a step
+    optim: str = "adamw_torch_fused"  # adamw_8bit saves 0.3 GB and adds 0.1 s to a step
     weight_decay: float = 0.001  # pulls the adapters towards zero
-    bf16: bool | None = None  # train in bfloat16; None: where the GPU has it, else fp16; 32 bits on a CPU
+    bf16: bool | None = None  # train in bfloat16; None: on GPUs that have it, else fp16; CPU: fp32
     logging_steps: float = 1  # steps from one loss in the log to the next
     save_steps: float = 0.2  # steps from one checkpoint to the next; below 1: share of the run
     train_sampling_strategy: str = "sequential"  # the rows are put in order below

@@ -8,6 +8,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from qwen_vl_kit.arguments import meant
+
 COMMANDS = {
     "check": "look at a data set before training on it: bad rows, lengths, duplicates, spellings",
     "read": "read images of formulas, from files, folders, PDF pages or the clipboard",
@@ -27,7 +29,8 @@ def main():
             print(f"  {name:<8} {what}")
         print(f"\n{prog} COMMAND --help lists the options of one.")
     elif command not in COMMANDS:
-        print(f"{prog}: unknown command {command!r}; choose from {', '.join(COMMANDS)}.", file=sys.stderr)
+        hint = meant(command, COMMANDS) or f"; choose from {', '.join(COMMANDS)}."
+        print(f"{prog}: unknown command {command!r}{hint}", file=sys.stderr)
         sys.exit(2)
     else:
         import_module(f"{__package__}.{command}").main(arguments, f"{prog} {command}")

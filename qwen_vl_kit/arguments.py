@@ -4,6 +4,7 @@ It wraps no step, and imports nothing large: a mistake, or `--help`, is answered
 """
 
 import argparse
+from difflib import get_close_matches
 
 FLAG = {"nargs": "?", "const": True, "metavar": "true|false"}
 
@@ -15,12 +16,25 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=what, allow_abbrev=False, **how)
 
     def parse_args(self, arguments):
-        return super().parse_args([with_underscores(word) for word in arguments])
+        options, unknown = self.parse_known_args([with_underscores(word) for word in arguments])
+        if unknown:
+            names = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown[:1]
+            known = [option for action in self._actions for option in action.option_strings]
+            self.error(f"unknown option {' '.join(names)}{meant(names[0], known)} (see --help)")
+        return options
 
 
 def with_underscores(word):
     option, equals, value = word.partition("=")
     return f"--{option[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
+
+
+def meant(word, known):
+    """"; did you mean ...?" with the one of the `known` words that is most like `word`, or nothing."""
+    bare, word = {name.strip("-"): name for name in known}, word.strip("-").replace("-", "_")
+    within = sorted((not name.startswith(word), len(name), name) for name in bare if len(word) > 3 and word in name)
+    close = get_close_matches(word, bare, 1, 0.7) or [name for *_, name in within]
+    return f"; did you mean {bare[close[0]]}?" if close else ""
 
 
 def true_or_false(text):

@@ -1,12 +1,12 @@
-"""Options: checked before anything is loaded, each mistake told in a sentence, and `--help`.
+"""Options: checked before anything is loaded, each mistake told in a sentence.
 
 Wraps `read_options`. What can't be done is said now rather than after hours of training.
 """
 
-import inspect
 import math
 import os
 import re
+from argparse import SUPPRESS
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import yaml
 from accelerate.utils import gather_object
 from trl import TrlParser
 
-from qwen_vl_kit import checkpoints, export, lock, offered, recipe, record, run
+from qwen_vl_kit import checkpoints, export, help_text, lock, offered, recipe, record, run
+from qwen_vl_kit.arguments import meant
 from qwen_vl_kit.sentences import fail
 
 # What the trainer's own defaults would make of a run: losses and checkpoints every 500 steps, NaN hidden from the log,
@@ -30,64 +31,37 @@ DEFAULTS = {
 }
 
 
-# What these do here, where TRL's own help says something else.
-HELP = {
-    "max_length": "leave out rows of more tokens than this",
-    "eval_strategy": "when to measure the validation loss: no, steps or epoch",
-    "eval_steps": "steps between two validation losses; below 1: share of the run",
-    "load_best_model_at_end": "make the checkpoint with the lowest validation loss the adapter; needs --eval_strategy",
-    "push_to_hub": "at the end, upload the adapter to --hub_model_id",
-    "hub_model_id": "the adapter's repository on the hub, owner/name",
-    "optim_args": "more arguments for the optimizer, as name=value,name=value",
-    "loss_type": "chunked_nll (the default), nll, or dft",
-}
-
-
 @dataclass
 class ExtraOptions:
     """What the kit can do beyond the script. The comment after an option is its --help."""
 
     max_characters: int = 4000  # leave out rows whose LaTeX is longer: it would fill the memory
-    image_folder: str | None = None  # where the paths of images start; None: the data file's or the working folder
+    image_folder: str | None = None  # where image paths start; None: the data file's or the working folder
     save_merged: bool = False  # at the end, also write base and adapters as one 16-bit model
-    save_gguf: str | None = None  # at the end, also write that as GGUF, for llama.cpp and Ollama: q8_0, ...
-    normalize_latex: bool = False  # write all formulas in one spelling, those to train on and the held-out ones
+    save_gguf: str | None = None  # at the end, also write it as GGUF, for llama.cpp and Ollama: q8_0, ...
+    normalize_latex: bool = False  # write all formulas, held-out ones too, in one spelling
     num_validation_rows: int | None = None  # rows for the validation loss; None: num_test_rows
     early_stopping_patience: int | None = None  # stop after so many validation losses in a row without improvement
-
-
-def comments(settings_class):
-    """{field: the comment after it} of a dataclass, from its source. Empty where that is not at hand."""
-    try:
-        source = inspect.getsource(settings_class)
-    except (OSError, TypeError):
-        return {}
-    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
-
-
-def help_of(classes):
-    """The same for all fields of these classes and their ancestors, but for the trainer's, which bring their own."""
-    found = {}
-    for ancestor in (ancestor for owner in classes for ancestor in reversed(owner.__mro__)):
-        if ancestor.__module__.split(".")[0] not in ("trl", "transformers", "unsloth"):
-            found |= comments(ancestor)
-    return found
 
 
 class Parser(TrlParser):
     """TRL's parser with our defaults and help; numbers in a config file are checked like those of the command line."""
 
     def __init__(self, classes):
-        usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
-        super().__init__(classes, usage=usage, allow_abbrev=False)
-        ours = help_of(classes) | HELP
-        for action in self._actions:  # argparse has no public list of its options; TRL's parser reads this one, too
-            action.help = ours.get(action.dest, action.help or "").replace(" %", " %%")
-            if action.option_strings[0].startswith("--no_"):
-                action.help = f"turn off --{action.dest}"
+        super().__init__(classes, usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]", allow_abbrev=False)
+        self.classes = classes
         self.set_defaults(**DEFAULTS)
+        help_text.give(self, classes)
         offered.hide(self)
+        hidden = {"nargs": 0, "dest": SUPPRESS, "default": SUPPRESS, "help": SUPPRESS}
+        self.add_argument("--help_all", "--help-all", action=help_text.HelpAll, **hidden)
         self.unset = vars(super().parse_known_args([])[0])  # what a command line that sets nothing comes to
+
+    def format_help(self):
+        return help_text.short(self, *map(help_text.own, self.classes))
+
+    def format_all(self):
+        return super().format_help()
 
     def parse_known_args(self, *arguments, **more):
         options, unknown = super().parse_known_args(*arguments, **more)
@@ -98,6 +72,7 @@ class Parser(TrlParser):
         return options, unknown
 
     def set_defaults_with_config(self, **config):
+        config = {key.replace("-", "_"): value for key, value in config.items()}
         typed = {key: str(value) if isinstance(value, (bool, int, float)) else value for key, value in config.items()}
         typed |= {
             key: "no" for key, value in config.items() if value is False and key.endswith("_strategy")
@@ -118,8 +93,9 @@ def parse(options_class, arguments):
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         parser.error(str(error))
     if unknown:  # without their values: one can be a token
-        names = " ".join(word.split("=")[0] for word in unknown if word.startswith("-"))
-        parser.error(f"unknown option {names or unknown[0]} (--help lists them all)")
+        names = [word.split("=")[0] for word in unknown if word.startswith("-")] or unknown[:1]
+        hint = meant(names[0], [f"--{name}" for name in parser.usual if name not in offered.REFUSED])
+        parser.error(f"unknown option {' '.join(names)}{hint} (see --help and --help_all)")
     return options, extra, parser
 
 

@@ -1,7 +1,7 @@
 """What is left of a run beside its scores, and what follows it.
 
 Wraps `save`: metrics.json also says on what machine, with which versions and options of the kit, and how fast, and
-which names were folders of that machine.
+which names were folders of that machine; config.yaml has what was changed from the defaults, for `--config`.
 """
 
 import os
@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import yaml
 
 from qwen_vl_kit import run
 from qwen_vl_kit.finished import NAMES
@@ -36,5 +37,14 @@ def about(metrics):
     return metrics | notes | {"local": local, "processes": run.options.world_size} | machine()
 
 
+def config(changed):
+    """The text of a YAML file with which `--config` repeats a run that changed this, {option: [default, value]}."""
+    what = "# What this run changed from the defaults. It is repeated, in another --output_dir, by\n"
+    command = "# python finetune_qwen_vl.py --config config.yaml --output_dir outputs/again\n"
+    values = {option: value for option, (_, value) in changed.items()}
+    return what + command + yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
+
+
 def save(step, outputs, predictions, metrics):
     step(outputs, predictions, about(metrics))
+    (outputs / "config.yaml").write_text(config(run.notes["changed"]), encoding="utf-8")

@@ -29,10 +29,11 @@ def data(tmp_path_factory):
 
 CASES = {
     "no GPU for the 7B recipe": ([], ["GPU", "--config demo/config.yaml"]),
-    "an unknown option": (["--lora_rank", "8"], ["--lora_rank", "--help"]),
+    "an unknown option": (["--lora_rank", "8"], ["--lora_rank; did you mean --lora_r?", "--help"]),
+    "an option that others call so": (["--epochs", "8"], ["--epochs; did you mean --num_train_epochs?"]),
     "an ill-typed option": (["--max_steps", "many"], ["--max_steps", "many"]),
     "an ill-typed line of a config file": (["--config", "DATA/half.yaml"], ["--max_steps", "2.5"]),
-    "an unknown line of a config file": (["--config", "DATA/unknown.yaml"], ["lora_rank"]),
+    "an unknown line of a config file": (["--config", "DATA/unknown.yaml"], ["lora_rank; did you mean --lora_r?"]),
     "a config file that is a list": (["--config", "DATA/list.yaml"], ["list.yaml"]),
     "a config file that is missing": (["--config", "DATA/none.yaml"], ["none.yaml"]),
     "no config file": (["--config"], ["--config"]),
@@ -68,7 +69,7 @@ CASES = {
     ),
     "no held-out rows": ([*SHORT, "--num_test_rows", "0"], ["--num_test_rows", "at least 1"]),
     "no checkpoint to resume from": ([*SHORT, "--resume_from_checkpoint", "DATA/checkpoint-5"], ["no checkpoint DATA"]),
-    "an unknown option with a secret": (["--token", "hf_secret"], ["option --token (--help"]),
+    "an unknown option with a secret": (["--token", "hf_secret"], ["option --token; did you mean --hub_token? (see --help"]),
     "a folder that can't be made": ([*SHORT, "--output_dir", "DATA/notes.txt/out"], ["notes.txt", "--output_dir"]),
 }
 

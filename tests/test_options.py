@@ -1,6 +1,7 @@
 """Each of TRL's options does what it says, or is refused in one sentence before anything is loaded."""
 
 import json
+import re
 import shlex
 from dataclasses import fields
 from types import SimpleNamespace
@@ -12,8 +13,10 @@ from safetensors.torch import load_file
 from trl import SFTConfig
 
 from qwen_vl_kit import recipe
+from qwen_vl_kit.help_text import OFTEN
 from qwen_vl_kit.offered import NEEDS, REFUSED, UNSEEN, WORKS, check, check_possible
 from qwen_vl_kit.options import ExtraOptions, Parser, parse
+from qwen_vl_kit.results import config
 
 
 def test_every_option_is_known():
@@ -75,11 +78,42 @@ def test_the_command_of_the_report_starts_as_many_processes(options_class, monke
 
 
 def test_help_lists_what_is_offered(options_class):
-    listed = Parser([options_class, ExtraOptions]).format_help()
+    parser = Parser([options_class, ExtraOptions])
+    listed = parser.format_all()
     for name in WORKS | UNSEEN:
-        assert f"  --{name} " in listed or f"  --{name}, " in listed, name
-    for name in REFUSED:
-        assert f"--{name} " not in listed and f"--{name}, " not in listed and f"--no_{name}" not in listed, name
+        assert len(re.findall(rf"^  --{name}[ \n]", listed, re.M)) == 1, name
+    for text in (listed, parser.format_help()):
+        assert not [name for name in REFUSED if re.search(rf"--(no_)?{name}[ ,\n]", text)]
+
+
+def test_help_fits_on_a_screen_and_a_half(options_class, monkeypatch):
+    """Of 45 lines, 100 columns: each setting, each option of the kit and what people change of the trainer's."""
+    monkeypatch.setenv("COLUMNS", "100")
+    parser = Parser([options_class, ExtraOptions])
+    lines = run("--help").stdout.splitlines()
+    assert len(lines) <= 45 * 1.5 + 0.5 and max(map(len, lines)) <= 100
+    listed = [line.split()[0][2:] for line in lines if line.startswith("--")]
+    ours = {field.name for owner in options_class.__mro__ if owner.__name__ == "Settings" for field in fields(owner)}
+    ours |= {field.name for field in fields(ExtraOptions)}
+    assert {*listed} == (ours - REFUSED.keys()) | {*OFTEN, "config", "help_all"} and len(listed) == len({*listed})
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+        if line.startswith("--"):  # with a text, and with what it is if nobody sets it
+            name, _, text = f"{line} {'' if after.startswith('--') else after}".partition(" ")
+            usual = parser.usual.get(name[2:])
+            assert len(text.split()) > 2 and (usual in (None, []) or "[" in text), name
+
+
+def test_a_config_file_of_a_run_gives_the_same_options(options_class, tmp_path):
+    arguments = ("--config demo/config.yaml --max-steps 7 --min_pixels 900 --report_to tensorboard --bf16 false "
+                 "--lr_scheduler_type cosine_with_min_lr --normalize_latex").split()  # fmt: skip
+    arguments += ["--lr_scheduler_kwargs", '{"min_lr": 1e-06}', "--instruction", "Was steht da? \\alpha: 'x'"]
+    options, extra, parser = parse(options_class, [*arguments, "--output_dir", str(tmp_path), "--hub_token", "hf_secret"])
+    text = config(recipe.note(parser.given, parser.unset, 1)["changed"])
+    assert "max_steps: 7" in text and "hf_secret" not in text and "output_dir:" not in text
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    again = ["--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path)]
+    same, same_extra, _ = parse(options_class, again)
+    assert same.to_sanitized_dict() == options.to_sanitized_dict() and same_extra == extra
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -149,7 +149,7 @@ SENTENCES = {
     "another kind of table": (["x.png", "--output", "t.xls"], ".csv, .jsonl or .md"),
     "a resumed nothing": (["x.png", "--resume"], "name it with --output"),
     "no limit": (["x.png", "--max_new_tokens", "0"], "a whole number above 0"),
-    "an unknown option": (["x.png", "--batch", "3"], "unrecognized arguments: --batch"),
+    "an unknown option": (["x.png", "--batch", "3"], "unknown option --batch; did you mean --batch_size?"),
     "only files that are not there": (["x.png", "y.png"], "x.png: there is no such file"),
 }
 

@@ -25,7 +25,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 def test_every_option_exists():
     """Those of the script and of the commands; lines of other programs, and what a launcher takes, are theirs."""
-    helps = run("--help").stdout
+    helps = run("--help").stdout + run("--help_all").stdout
     for command in COMMANDS:
         asked = [sys.executable, "-m", "qwen_vl_kit", command, "--help"]
         helps += subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout
