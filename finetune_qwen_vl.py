@@ -51,7 +51,7 @@ class Settings:
     dataset_test_split: str = "test"  # the split to measure on; if there is none, part of train
     load_in_4bit: bool = True  # keep the frozen weights in 4 bits (bitsandbytes nf4)
     lora_dropout: float = 0.0  # dropout before the adapters
-    lora_target_modules: str = r".*(_proj|qkv|attn\.proj|fc[12])"  # regular expression of the layers with adapters
+    lora_target_modules: str | None = None  # pattern of the layers with adapters; None: all in attention and MLPs
     max_pixels: int | None = None  # shrink images with a larger area; None: the model's default
     test_batch_size: int = 64  # held-out images to read at once
     max_new_tokens: int = 128  # token limit of a reading; scores raise it to the longest truth
@@ -66,8 +66,6 @@ class Settings:
     bf16: bool | None = None  # train in bfloat16; None: on GPUs that have it, else fp16; CPU: fp32
     logging_steps: float = 1  # steps from one loss in the log to the next
     save_steps: float = 0.2  # steps from one checkpoint to the next; below 1: share of the run
-    train_sampling_strategy: str = "sequential"  # the rows are put in order below
-    remove_unused_columns: bool = False  # samples are made of all columns
 
 
 # %% [markdown]
@@ -79,6 +77,7 @@ class Settings:
 import json
 import os
 import random
+import re
 import sys
 from importlib.util import find_spec
 from math import ceil, inf
@@ -91,10 +90,7 @@ else:
         sys.exit("Alone, this file trains on one GPU: start it with python, or run it in a clone of its repository.")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the trainer would spread a step over all it sees
     print("This file runs alone: on one GPU, with nothing checked.")
-
-    def step(function):
-        return function
-
+    step = lambda function: function  # noqa: E731 (a name for "as it is")
 
 os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")  # compiling takes two minutes, and no later step is faster
 import torch
@@ -138,6 +134,7 @@ class Options(Settings, SFTConfig):
         if self.bf16 is None:
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
         self.fp16 = self.fp16 or (on_gpu and not self.bf16)
+        self.train_sampling_strategy, self.remove_unused_columns = "sequential", False  # the rows are ordered below
         split_batch(self, torch.cuda.mem_get_info()[0] / 1e9 if on_gpu else inf)
         super().__post_init__()
 
@@ -150,8 +147,6 @@ def read_options(options_class, arguments):
 
 in_notebook = "get_ipython" in globals()
 options = read_options(Options, NOTEBOOK_OPTIONS.split() if in_notebook else sys.argv[1:])
-if "7B" in options.model_name_or_path and not (torch.cuda.is_available() or Path(options.model_name_or_path).exists()):
-    sys.exit("The 7B needs an NVIDIA GPU with 10 GB. Without one: python finetune_qwen_vl.py --config demo/config.yaml")
 outputs = Path(options.output_dir)
 outputs.mkdir(parents=True, exist_ok=True)
 dtype = torch.bfloat16 if options.bf16 else torch.float16 if options.fp16 else torch.float32
@@ -176,7 +171,7 @@ def load_processor(options):
 processor = load_processor(options)
 question = {"role": "user", "content": [{"type": "text", "text": options.instruction}, {"type": "image"}]}
 answer = {"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]}
-prompt = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
+prompt = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=False, enable_thinking=False)
 end_of_turn = processor.apply_chat_template([question, answer], tokenize=False).rpartition("ANSWER")[2].strip()
 end_of_turn = end_of_turn or processor.tokenizer.eos_token  # some templates end no turn
 
@@ -276,22 +271,27 @@ truths = [text.strip() for text in test_rows.select([*test_lengths])[options.tex
 @step
 def load_model(options, dtype, device, storage="uint8"):
     """The base model with new adapters, its 4-bit weights packed into numbers of the type `storage`."""
-    lora = {"r": options.lora_r, "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout}
-    lora |= {"target_modules": options.lora_target_modules, "bias": "none"}
     if FastVisionModel:
         how = {"load_in_4bit": options.load_in_4bit, "dtype": dtype, "use_gradient_checkpointing": False}
         model, _ = FastVisionModel.from_pretrained(options.model_name_or_path, **how)
-        how = {"use_gradient_checkpointing": False, "random_state": options.seed}
-        return FastVisionModel.get_peft_model(model, **lora, **how)
-    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": storage}
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **nf4)
-    how = {"quantization_config": nf4 if options.load_in_4bit else None, "dtype": dtype, "device_map": {"": device}}
-    model = AutoModelForImageTextToText.from_pretrained(options.model_name_or_path, **how)
-    for layer in model.modules():
-        if isinstance(layer, Linear4bit):  # else, on some CPUs, it can't be trained after generate()
-            layer.support_avx512bf16_for_cpu = False
+    else:
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": storage}
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **nf4)
+        how = {"quantization_config": nf4 if options.load_in_4bit else None, "dtype": dtype, "device_map": {"": device}}
+        model = AutoModelForImageTextToText.from_pretrained(options.model_name_or_path, **how)
+        for layer in model.modules():
+            if isinstance(layer, Linear4bit):  # else, on some CPUs, it can't be trained after generate()
+                layer.support_avx512bf16_for_cpu = False
+    parts = [*model.named_modules()]  # the blocks of images and text are lists with attention: no merger, no head
+    blocks = tuple(name for name, part in parts if isinstance(part, torch.nn.ModuleList) and "ttention" in repr(part))
+    linear = [name for name, part in parts if isinstance(part, torch.nn.Linear) and name.startswith(blocks)]
+    linear = {re.sub(r"\.\d+\.", r".\\d+.", name) for name in linear if "audio" not in name}
+    how = {"target_modules": options.lora_target_modules or "|".join(sorted(linear)), "bias": "none"}
+    how |= {"r": options.lora_r, "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout}
+    if FastVisionModel:
+        return FastVisionModel.get_peft_model(model, **how, use_gradient_checkpointing=False, random_state=options.seed)
     torch.manual_seed(options.seed)
-    return get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"))
+    return get_peft_model(model, LoraConfig(**how, task_type="CAUSAL_LM"))
 
 
 model = load_model(options, dtype, options.device)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 from accelerate.utils import gather_object
+from torch import cuda
 from trl import TrlParser
 
 from qwen_vl_kit import checkpoints, export, help_text, lock, offered, recipe, record, run
@@ -124,7 +125,7 @@ def check_numbers(options, extra, error):
     if least and options.max_pixels and least > options.max_pixels:
         error(f"--min_pixels {least} is more than --max_pixels {options.max_pixels}")
     try:
-        re.compile(options.lora_target_modules)
+        re.compile(options.lora_target_modules or "")
     except re.error as reason:
         error(f"--lora_target_modules is no regular expression: {reason}")
     for name in ("test_batch_size", "max_new_tokens", "lora_r", "lora_alpha", "min_pixels", "max_pixels", "max_length"):
@@ -135,6 +136,8 @@ def check_numbers(options, extra, error):
 
 def read_options(step, options_class, arguments):
     options, extra, parser = parse(options_class, arguments)
+    if "7B" in options.model_name_or_path and not (cuda.is_available() or Path(options.model_name_or_path).exists()):
+        fail("The 7B needs an NVIDIA GPU with 10 GB. Without one: python finetune_qwen_vl.py --config demo/config.yaml")
     check_numbers(options, extra, parser.error)
     offered.check_possible(options, parser.error)
     if options.hub_token:  # the libraries take it from here, too; as an option it would be saved with checkpoints

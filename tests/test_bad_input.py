@@ -69,7 +69,10 @@ CASES = {
     ),
     "no held-out rows": ([*SHORT, "--num_test_rows", "0"], ["--num_test_rows", "at least 1"]),
     "no checkpoint to resume from": ([*SHORT, "--resume_from_checkpoint", "DATA/checkpoint-5"], ["no checkpoint DATA"]),
-    "an unknown option with a secret": (["--token", "hf_secret"], ["option --token; did you mean --hub_token? (see --help"]),
+    "an unknown option with a secret": (
+        ["--token", "hf_secret"],
+        ["option --token; did you mean --hub_token? (see --help"],
+    ),
     "a folder that can't be made": ([*SHORT, "--output_dir", "DATA/notes.txt/out"], ["notes.txt", "--output_dir"]),
 }
 

@@ -104,10 +104,11 @@ def test_help_fits_on_a_screen_and_a_half(options_class, monkeypatch):
 
 
 def test_a_config_file_of_a_run_gives_the_same_options(options_class, tmp_path):
-    arguments = ("--config demo/config.yaml --max-steps 7 --min_pixels 900 --report_to tensorboard --bf16 false "
-                 "--lr_scheduler_type cosine_with_min_lr --normalize_latex").split()  # fmt: skip
+    arguments = ["--config", "demo/config.yaml", "--max-steps", "7", "--min_pixels", "900", "--bf16", "false"]
+    arguments += ["--report_to", "tensorboard", "--lr_scheduler_type", "cosine_with_min_lr", "--normalize_latex"]
+    arguments += ["--output_dir", str(tmp_path), "--hub_token", "hf_secret"]
     arguments += ["--lr_scheduler_kwargs", '{"min_lr": 1e-06}', "--instruction", "Was steht da? \\alpha: 'x'"]
-    options, extra, parser = parse(options_class, [*arguments, "--output_dir", str(tmp_path), "--hub_token", "hf_secret"])
+    options, extra, parser = parse(options_class, arguments)
     text = config(recipe.note(parser.given, parser.unset, 1)["changed"])
     assert "max_steps: 7" in text and "hf_secret" not in text and "output_dir:" not in text
     (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
