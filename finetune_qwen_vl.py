@@ -161,8 +161,10 @@ dtype = torch.bfloat16 if options.bf16 else torch.float16 if options.fp16 else t
 def load_processor(options):
     """The model's processor. Without min_pixels, images that are 40 pixels high would reach Qwen2-VL 28 high."""
     processor = AutoProcessor.from_pretrained(options.model_name_or_path, trust_remote_code=False)
-    area = processor.image_processor.size
-    if "shortest_edge" in area and "longest_edge" in area:
+    if "enable_thinking" in (processor.chat_template or ""):  # it is always told that answers come without a thought
+        processor.chat_template = "{% set enable_thinking = false %}" + processor.chat_template
+    area = processor.image_processor.size or {}
+    if "shortest_edge" in area and "longest_edge" in area and hasattr(processor.image_processor, "merge_size"):
         area["longest_edge"] = options.max_pixels or area["longest_edge"]
         area["shortest_edge"] = min(options.min_pixels or area["shortest_edge"], area["longest_edge"])
     return processor
@@ -171,14 +173,13 @@ def load_processor(options):
 processor = load_processor(options)
 question = {"role": "user", "content": [{"type": "text", "text": options.instruction}, {"type": "image"}]}
 answer = {"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]}
-prompt = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=False, enable_thinking=False)
+prompt = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
 end_of_turn = processor.apply_chat_template([question, answer], tokenize=False).rpartition("ANSWER")[2].strip()
 end_of_turn = end_of_turn or processor.tokenizer.eos_token  # some templates end no turn
 
 # %% [markdown]
 # ## Data
-# Images and their LaTeX, in two parts that share no image: one to train on, one held out to measure on. Each row
-# becomes a chat: the user asks and shows the image, the assistant answers in LaTeX.
+# Images and LaTeX, in two parts that share no image: one to train on, one held out to measure on. A row makes a chat.
 
 
 # %%
@@ -263,8 +264,7 @@ truths = [text.strip() for text in test_rows.select([*test_lengths])[options.tex
 
 # %% [markdown]
 # ## Model
-# The base model in 4 bits, frozen, with small trainable LoRA matrices beside its attention and MLP layers. Unsloth does
-# it on a GPU, plain transformers and PEFT anywhere else; after this cell, the code is the same for both.
+# The base in 4 bits, frozen, with small trainable LoRA matrices beside its layers: by Unsloth on a GPU, else by PEFT.
 
 
 # %%

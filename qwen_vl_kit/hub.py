@@ -97,10 +97,6 @@ def load_processor(step, options):
         )
     if not run.processor.chat_template:
         fail(f"{name} has no chat template: choose an instruction-tuned model (...-Instruct).")
-    area = run.processor.image_processor.size
-    given = options.max_pixels or options.min_pixels not in (None, type(options).min_pixels)
-    if given and not ("shortest_edge" in area and "longest_edge" in area):
-        fail(f"{name} has no min_pixels and max_pixels: leave them out.")
     return run.processor
 
 

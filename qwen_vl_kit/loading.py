@@ -141,6 +141,16 @@ def base_of(adapter):
     return base
 
 
+def load_processor(name):
+    """The processor of a model or an adapter. As in the script, it is told that answers come without a thought."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(name)
+    if "enable_thinking" in (processor.chat_template or ""):
+        processor.chat_template = "{% set enable_thinking = false %}" + processor.chat_template
+    return processor
+
+
 def load_base(name, how, dtype, device):
     """The base model as the run had it: in 4 bits if it was trained on in 4 bits."""
     from bitsandbytes.nn import Linear4bit

@@ -6,6 +6,7 @@ GPU. A model that would not learn where an answer begins or ends is refused.
 
 import gc
 import sys
+from collections import Counter
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -22,15 +23,38 @@ def rendered(processor, answer=None):
     return processor.apply_chat_template(chat, add_generation_prompt=not answer, tokenize=False)
 
 
+KINDS = [(part, what) for part in ("vision", "language") for what in ("attention", "MLP")]
+
+
+def kind_of(name):
+    """Which of KINDS a layer of this name is. Vision is "visual" or "vision_..." wherever, attention has "att" in it."""
+    return "vision" if "vis" in name else "language", "attention" if "att" in name else "MLP"
+
+
 def load_processor(step, options):
     processor = step(options)
+    name = options.model_name_or_path
+    if not processor.chat_template:
+        return processor  # `hub` says so
+    if not has_areas(processor.image_processor):
+        if options.max_pixels or options.min_pixels not in (None, type(options).min_pixels):
+            fail(f"{name} sizes images in its own way: leave out --min_pixels and --max_pixels.")
+        print(f"{name} sizes images in its own way; --min_pixels is for models like Qwen2-VL")
     prompt = rendered(processor)
     if prompt.count("<think>") > prompt.count("</think>"):
         fail(
-            f"{options.model_name_or_path} opens a thought (<think>) before each answer, which the LaTeX would be part "
-            "of: choose a model that answers directly (...-Instruct)."
+            f"{name} opens a thought (<think>) before each answer, which the LaTeX would be part of: choose a model "
+            "that answers directly (...-Instruct)."
         )
+    if "<think>" in prompt:
+        print(f"{name} can think first: here its template says that it has not, and the answer follows")
     return processor
+
+
+def has_areas(image_processor):
+    """Whether its `size` is the least and the largest area, in pixels, as with Qwen's; others mean edges by these."""
+    size = image_processor.size or {}
+    return "shortest_edge" in size and "longest_edge" in size and hasattr(image_processor, "merge_size")
 
 
 def must_end(model, options):
@@ -69,8 +93,10 @@ def load_model(step, options, *arguments, **more):
     run.model, run.trained = model, False
     run.notes["quantization"] = model.config.to_dict().get("quantization_config")
     adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    vision = sum("vis" in name for name in adapted)
+    kinds = Counter(map(kind_of, adapted))
+    vision = kinds["vision", "attention"] + kinds["vision", "MLP"]
     run.notes["adapted_layers"] = {"vision": vision, "language": len(adapted) - vision}
+    print("Adapters on " + ", ".join(f"{kinds[kind] or 'no'} {kind[0]} {kind[1]}" for kind in KINDS) + " layers")
     if sys.modules.get("unsloth") and not options.lora_dropout:
         for layer in adapted.values():
             fuse(layer)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.generation import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -204,7 +204,7 @@ def load(arguments, source=None):
     with told(
         f"The processor of {source.name} can't be loaded", Exception
     ):  # of damaged files, libraries raise anything
-        processor = hub.patiently(source.model, lambda: AutoProcessor.from_pretrained(source.model))
+        processor = hub.patiently(source.model, lambda: loading.load_processor(source.model))
     if not processor.chat_template:
         again = "copy its folder again" if source.is_adapter else "choose an instruction-tuned model (...-Instruct)"
         sys.exit(f"{source.name} has no chat template: {again}.")
