@@ -29,7 +29,7 @@ TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.1}
 VISION = {"hidden_size": 32, "embed_dim": 32, "intermediate_size": 32, "mlp_ratio": 1, "out_hidden_size": 64}
 VISION |= {"num_hidden_layers": 2, "depth": 2, "num_attention_heads": 2, "attention_heads": 2, "num_heads": 2}
-VISION |= {"num_key_value_heads": 2, "head_dim": 16, "image_size": 56, "patch_size": 14}
+VISION |= {"num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1, "image_size": 56, "patch_size": 14}
 
 
 def template(turn, image, end, answer, *, first="", last="", closing=None, names=None, ordered=False):
@@ -307,7 +307,12 @@ TABLE = {
         "image": {"size": {"height": 56, "width": 56}, "image_grid_pinpoints": TILES},
         "processor": {"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
         "template": template(
-            "<|im_start|>ROLE ", "<image>\n", "<|im_end|>", "<|im_start|>assistant\n", last="\n", ordered=True
+            "<|im_start|>ROLE ",
+            "<image>\n\n",
+            "<|im_end|>",
+            "<|im_start|>assistant\n",
+            last="{{ '\n' }}",
+            ordered=True,
         ),
     },
     "lfm2_vl": {
@@ -317,7 +322,7 @@ TABLE = {
         "config": {"projector_hidden_size": 64},
         "tokens": {"bos_token": "<|startoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
         | {"image_token": "<image>", "image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>"}
-        | {"image_thumbnail": "<|img_thumbnail|>"},
+        | {"image_thumbnail_token": "<|img_thumbnail|>"},
         "special": ["<|im_start|>", *PLACES],
         "starts": True,
         "end": "<|im_end|>",
