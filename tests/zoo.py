@@ -137,6 +137,7 @@ QWEN3_5 = qwen(
     image={"patch_size": 16, "size": {"shortest_edge": 64**2, "longest_edge": 128**2}},
     special=["<think>", "</think>"],
 )
+HEADLESS = {"vision_use_head": False}  # as the real ones: of SigLIP, they use the patches' features alone
 TILES = [[56, 56], [56, 112], [112, 56], [112, 112]]
 GRANITE = (
     "{% if messages[0]['role'] != 'system' %}<|system|>\nA chat between a curious user and an artificial intelligence "
@@ -164,6 +165,7 @@ TABLE = {
         "ids": {"boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>"}
         | {"image_token_index": "<image_soft_token>"},
         "text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
+        "vision": HEADLESS,
         "config": {"mm_tokens_per_image": 4},
         "tokens": {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
         | {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
@@ -301,6 +303,7 @@ TABLE = {
     ),
     "llava_onevision": {
         "ids": {"image_token_index": "<image>", "video_token_index": "<video>"},
+        "vision": HEADLESS,
         "config": {"image_grid_pinpoints": TILES},
         "tokens": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
         "end": "<|im_end|>",
@@ -318,7 +321,7 @@ TABLE = {
     "lfm2_vl": {
         "ids": {"image_token_id": "<image>"},
         "text": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
-        "vision": {"patch_size": 16, "num_patches": 16},
+        "vision": {"patch_size": 16, "num_patches": 16} | HEADLESS,
         "config": {"projector_hidden_size": 64},
         "tokens": {"bos_token": "<|startoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
         | {"image_token": "<image>", "image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>"}
