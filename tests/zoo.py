@@ -40,11 +40,12 @@ def template(turn, image, end, answer, *, first="", last="", closing=None, names
     """
     role = f"{{{{ {names or {}}.get(message['role'], message['role']) }}}}"
     parts = "message['content'] | sort(attribute='type')" if ordered else "message['content']"
+    part = f"{{% if part['type'] == 'image' %}}{image}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
     return (
         f"{first}{{% for message in messages %}}{turn.replace('ROLE', role)}"
         f"{{% set ours = message['role'] == 'assistant' %}}{{% if ours %}}{last}{{% endif %}}"
-        f"{{% for part in {parts} %}}"
-        f"{{% if part['type'] == 'image' %}}{image}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if message['content'] is string %}}{{{{ message['content'] }}}}"
+        f"{{% else %}}{{% for part in {parts} %}}{part}{{% endfor %}}{{% endif %}}"
         f"{{% if ours %}}{end if closing is None else closing}{{% else %}}{end}{{% endif %}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{answer}{{% endif %}}"
     )
@@ -83,9 +84,10 @@ PLACES = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range
 
 
 def smolvlm(first):
-    """SmolVLM and Idefics3, which cut large images into tiles of 56 pixels."""
+    """SmolVLM and Idefics3, which cut large images into tiles, here of 64 pixels."""
     tokens = {"bos_token": first, "eos_token": "<end_of_utterance>", "pad_token": "<|endoftext|>"}
     names = {"user": "User", "assistant": "Assistant"}
+    turn = "ROLE:{% if message['content'][0]['type'] != 'image' %} {% endif %}"
     return {
         "ids": {"image_token_id": "<image>"},
         "vision": {"image_size": 64, "patch_size": 16},
@@ -94,9 +96,7 @@ def smolvlm(first):
         "end": "<end_of_utterance>",
         "image": {"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": 64}},
         "processor": {"image_seq_len": 4},
-        "template": template(
-            "ROLE:", "<image>", "<end_of_utterance>\n", "Assistant:", first=first, last=" ", names=names
-        ),
+        "template": template(turn, "<image>", "<end_of_utterance>\n", "Assistant:", first=first, names=names),
     }
 
 
@@ -113,18 +113,9 @@ def mistral(**changes):
 
 def thinking(image, thinks):
     """Qwen3.5's template: an answer follows thoughts, if the model `thinks`, or else empty ones."""
-    asked = (
-        "enable_thinking is not defined or enable_thinking"
-        if thinks
-        else "enable_thinking is defined and enable_thinking"
-    )
-    return template(
-        "<|im_start|>ROLE\n",
-        image,
-        "<|im_end|>\n",
-        "<|im_start|>assistant\n<think>\n{% if not (" + asked + ") %}{{ '\n</think>\n\n' }}{% endif %}",
-        last="<think>\n\n</think>\n\n",
-    )
+    answer = "<|im_start|>assistant\n<think>\n"
+    answer += f"{{% if not enable_thinking | default({thinks}) %}}{{{{ '\n</think>\n\n' }}}}{{% endif %}}"
+    return template("<|im_start|>ROLE\n", image, "<|im_end|>\n", answer, last="<think>\n\n</think>\n\n")
 
 
 GATED = {"num_hidden_layers": 4, "head_dim": 64, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
@@ -145,6 +136,11 @@ GRANITE = (
 )
 HUNYUAN = "<｜hy_place▁holder▁no▁{}｜>"
 
+# What is special about each. `ids` are options of its config, and their tokens; `text`, `vision` and `config` are other
+# options of the config's parts and of the whole; `image` and `processor` those of the processor; `tokens` the named
+# tokens of the tokenizer, `special` further ones, and `end` the one that ends a turn. Where it isn't that of the
+# architecture's name, `model` is the model's type, `processors` the type whose processor it has, and `kinds` are the
+# types of its parts.
 TABLE = {
     "qwen2_vl": qwen(
         text=mrope([4, 6, 6]),
@@ -502,7 +498,7 @@ def make(architecture, folder, seed=0):
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(make_config(architecture, how, tokenizer))
     for weights in model.parameters():
-        if not weights.any():  # a gate or a projection that would let no image through
+        if not weights.any():  # biases, but also gates and projections, which would let no image through
             torch.nn.init.normal_(weights, std=0.1)
     ends = [*dict.fromkeys([tokenizer.convert_tokens_to_ids(how["end"]), tokenizer.eos_token_id])]
     how = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
