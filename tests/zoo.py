@@ -29,7 +29,7 @@ TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.1}
 VISION = {"hidden_size": 32, "embed_dim": 32, "intermediate_size": 32, "mlp_ratio": 1, "out_hidden_size": 64}
 VISION |= {"num_hidden_layers": 2, "depth": 2, "num_attention_heads": 2, "attention_heads": 2, "num_heads": 2}
-VISION |= {"num_key_value_heads": 2, "head_dim": 16, "image_size": 56, "patch_size": 14}
+VISION |= {"num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1, "image_size": 56, "patch_size": 14}
 
 
 def template(turn, image, end, answer, *, first="", last="", closing=None, names=None, ordered=False):
@@ -40,11 +40,12 @@ def template(turn, image, end, answer, *, first="", last="", closing=None, names
     """
     role = f"{{{{ {names or {}}.get(message['role'], message['role']) }}}}"
     parts = "message['content'] | sort(attribute='type')" if ordered else "message['content']"
+    part = f"{{% if part['type'] == 'image' %}}{image}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
     return (
         f"{first}{{% for message in messages %}}{turn.replace('ROLE', role)}"
         f"{{% set ours = message['role'] == 'assistant' %}}{{% if ours %}}{last}{{% endif %}}"
-        f"{{% for part in {parts} %}}"
-        f"{{% if part['type'] == 'image' %}}{image}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if message['content'] is string %}}{{{{ message['content'] }}}}"
+        f"{{% else %}}{{% for part in {parts} %}}{part}{{% endfor %}}{{% endif %}}"
         f"{{% if ours %}}{end if closing is None else closing}{{% else %}}{end}{{% endif %}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{answer}{{% endif %}}"
     )
@@ -83,9 +84,10 @@ PLACES = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range
 
 
 def smolvlm(first):
-    """SmolVLM and Idefics3, which cut large images into tiles of 56 pixels."""
+    """SmolVLM and Idefics3, which cut large images into tiles, here of 64 pixels."""
     tokens = {"bos_token": first, "eos_token": "<end_of_utterance>", "pad_token": "<|endoftext|>"}
     names = {"user": "User", "assistant": "Assistant"}
+    turn = "ROLE:{% if message['content'][0]['type'] != 'image' %} {% endif %}"
     return {
         "ids": {"image_token_id": "<image>"},
         "vision": {"image_size": 64, "patch_size": 16},
@@ -94,9 +96,7 @@ def smolvlm(first):
         "end": "<end_of_utterance>",
         "image": {"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": 64}},
         "processor": {"image_seq_len": 4},
-        "template": template(
-            "ROLE:", "<image>", "<end_of_utterance>\n", "Assistant:", first=first, last=" ", names=names
-        ),
+        "template": template(turn, "<image>", "<end_of_utterance>\n", "Assistant:", first=first, names=names),
     }
 
 
@@ -113,18 +113,9 @@ def mistral(**changes):
 
 def thinking(image, thinks):
     """Qwen3.5's template: an answer follows thoughts, if the model `thinks`, or else empty ones."""
-    asked = (
-        "enable_thinking is not defined or enable_thinking"
-        if thinks
-        else "enable_thinking is defined and enable_thinking"
-    )
-    return template(
-        "<|im_start|>ROLE\n",
-        image,
-        "<|im_end|>\n",
-        "<|im_start|>assistant\n<think>\n{% if not (" + asked + ") %}{{ '\n</think>\n\n' }}{% endif %}",
-        last="<think>\n\n</think>\n\n",
-    )
+    answer = "<|im_start|>assistant\n<think>\n"
+    answer += f"{{% if not enable_thinking | default({thinks}) %}}{{{{ '\n</think>\n\n' }}}}{{% endif %}}"
+    return template("<|im_start|>ROLE\n", image, "<|im_end|>\n", answer, last="<think>\n\n</think>\n\n")
 
 
 GATED = {"num_hidden_layers": 4, "head_dim": 64, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
@@ -137,6 +128,7 @@ QWEN3_5 = qwen(
     image={"patch_size": 16, "size": {"shortest_edge": 64**2, "longest_edge": 128**2}},
     special=["<think>", "</think>"],
 )
+HEADLESS = {"vision_use_head": False}  # as the real ones: of SigLIP, they use the patches' features alone
 TILES = [[56, 56], [56, 112], [112, 56], [112, 112]]
 GRANITE = (
     "{% if messages[0]['role'] != 'system' %}<|system|>\nA chat between a curious user and an artificial intelligence "
@@ -144,6 +136,11 @@ GRANITE = (
 )
 HUNYUAN = "<｜hy_place▁holder▁no▁{}｜>"
 
+# What is special about each. `ids` are options of its config, and their tokens; `text`, `vision` and `config` are other
+# options of the config's parts and of the whole; `image` and `processor` those of the processor; `tokens` the named
+# tokens of the tokenizer, `special` further ones, and `end` the one that ends a turn. Where it isn't that of the
+# architecture's name, `model` is the model's type, `processors` the type whose processor it has, and `kinds` are the
+# types of its parts.
 TABLE = {
     "qwen2_vl": qwen(
         text=mrope([4, 6, 6]),
@@ -164,6 +161,7 @@ TABLE = {
         "ids": {"boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>"}
         | {"image_token_index": "<image_soft_token>"},
         "text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
+        "vision": HEADLESS,
         "config": {"mm_tokens_per_image": 4},
         "tokens": {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
         | {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
@@ -301,23 +299,29 @@ TABLE = {
     ),
     "llava_onevision": {
         "ids": {"image_token_index": "<image>", "video_token_index": "<video>"},
+        "vision": HEADLESS,
         "config": {"image_grid_pinpoints": TILES},
         "tokens": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
         "end": "<|im_end|>",
         "image": {"size": {"height": 56, "width": 56}, "image_grid_pinpoints": TILES},
         "processor": {"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
         "template": template(
-            "<|im_start|>ROLE ", "<image>\n", "<|im_end|>", "<|im_start|>assistant\n", last="\n", ordered=True
+            "<|im_start|>ROLE ",
+            "<image>\n\n",
+            "<|im_end|>",
+            "<|im_start|>assistant\n",
+            last="{{ '\n' }}",
+            ordered=True,
         ),
     },
     "lfm2_vl": {
         "ids": {"image_token_id": "<image>"},
         "text": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
-        "vision": {"patch_size": 16, "num_patches": 16},
+        "vision": {"patch_size": 16, "num_patches": 16} | HEADLESS,
         "config": {"projector_hidden_size": 64},
         "tokens": {"bos_token": "<|startoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
         | {"image_token": "<image>", "image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>"}
-        | {"image_thumbnail": "<|img_thumbnail|>"},
+        | {"image_thumbnail_token": "<|img_thumbnail|>"},
         "special": ["<|im_start|>", *PLACES],
         "starts": True,
         "end": "<|im_end|>",
@@ -494,7 +498,7 @@ def make(architecture, folder, seed=0):
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(make_config(architecture, how, tokenizer))
     for weights in model.parameters():
-        if not weights.any():  # a gate or a projection that would let no image through
+        if not weights.any():  # biases, but also gates and projections, which would let no image through
             torch.nn.init.normal_(weights, std=0.1)
     ends = [*dict.fromkeys([tokenizer.convert_tokens_to_ids(how["end"]), tokenizer.eos_token_id])]
     how = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
