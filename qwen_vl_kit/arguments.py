@@ -31,6 +31,8 @@ def with_underscores(word):
 
 def meant(word, known):
     """A question whether the one of the `known` words was meant that is most like `word`, or nothing."""
+    if word.startswith("-") != next(iter(known)).startswith("-"):  # a value among options
+        return ""
     bare, word = {name.strip("-"): name for name in known}, word.strip("-").replace("-", "_")
     within = sorted((not name.startswith(word), len(name), name) for name in bare if len(word) > 3 and word in name)
     close = get_close_matches(word, bare, 1, 0.7) or [name for *_, name in within]

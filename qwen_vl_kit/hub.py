@@ -62,6 +62,8 @@ def load(what, name, get, cached=True):
     """What `get` loads by `name`, patiently; if it can't, the run ends with the reason, plainer than the libraries'."""
     try:
         return patiently(name, get, cached)
+    except ImportError as error:
+        fail(f"{name} needs a package that is not installed: {' '.join(str(error).split())}")
     except (OSError, TypeError, ValueError, DatasetsError, HTTPError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         reason = first_line(cause)

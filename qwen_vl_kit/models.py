@@ -10,9 +10,10 @@ from collections import Counter
 
 import torch
 from peft.tuners.lora import LoraLayer
+from PIL import Image
 
 from qwen_vl_kit import run
-from qwen_vl_kit.sentences import fail
+from qwen_vl_kit.sentences import fail, first_line
 
 
 def rendered(processor, answer=None):
@@ -23,11 +24,13 @@ def rendered(processor, answer=None):
     return processor.apply_chat_template(chat, add_generation_prompt=not answer, tokenize=False)
 
 
+# Processors of models that fail in the middle, as of transformers 5.17, and why.
+BROKEN = {"MiniCPMV4_6Processor": "transformers can't read images of several sizes at once with it"}
 KINDS = [(part, what) for part in ("vision", "language") for what in ("attention", "MLP")]
 
 
 def kind_of(name):
-    """Which of KINDS a layer of this name is. Vision is "visual" or "vision_..." wherever, attention has "att" in it."""
+    """Which of KINDS the layer of this name is: all vision parts have "vis" in their names, all attention has "att"."""
     return "vision" if "vis" in name else "language", "attention" if "att" in name else "MLP"
 
 
@@ -40,7 +43,14 @@ def load_processor(step, options):
         if options.max_pixels or options.min_pixels not in (None, type(options).min_pixels):
             fail(f"{name} sizes images in its own way: leave out --min_pixels and --max_pixels.")
         print(f"{name} sizes images in its own way; --min_pixels is for models like Qwen2-VL")
+    if why := BROKEN.get(type(processor).__name__):
+        fail(f"{name} can't be trained: {why}. Choose another model.")
     prompt = rendered(processor)
+    try:  # as the script asks
+        image, how = Image.new("RGB", (160, 40), "white"), {"padding": True, "return_tensors": "pt"}
+        processor(text=[prompt], images=[[image]], padding_side="left", add_special_tokens=False, **how)
+    except Exception as error:  # of processors made for something else, anything
+        fail(f"{name} can't be asked a question that shows an image: {first_line(error)}. Choose another model.")
     if prompt.count("<think>") > prompt.count("</think>"):
         fail(
             f"{name} opens a thought (<think>) before each answer, which the LaTeX would be part of: choose a model "

@@ -23,8 +23,8 @@ STEPS = {
     "load_model": ["models", "parallel", "memory", "hub", "export"],
     "measure": ["memory"],
     "read": ["reading", "parallel"],
-    "make_trainer": ["training"],
-    "save": ["reading", "checkpoints", "results", "report", "export", "parallel", "lock"],
+    "make_trainer": ["training", "trackers"],
+    "save": ["reading", "checkpoints", "results", "report", "trackers", "export", "parallel", "lock"],
 }
 
 
