@@ -16,17 +16,17 @@ from qwen_vl_kit import run
 from qwen_vl_kit.sentences import fail, first_line
 
 
+# Processors of models that fail in the middle, as of transformers 5.17, and why.
+BROKEN = {"MiniCPMV4_6Processor": "transformers can't read images of several sizes at once with it"}
+KINDS = [(part, what) for part in ("vision", "language") for what in ("attention", "MLP")]
+
+
 def rendered(processor, answer=None):
     """A question and, if given, its answer, as the chat template writes them."""
     chat = [{"role": "user", "content": [{"type": "text", "text": "QUESTION"}, {"type": "image"}]}]
     if answer:
         chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return processor.apply_chat_template(chat, add_generation_prompt=not answer, tokenize=False)
-
-
-# Processors of models that fail in the middle, as of transformers 5.17, and why.
-BROKEN = {"MiniCPMV4_6Processor": "transformers can't read images of several sizes at once with it"}
-KINDS = [(part, what) for part in ("vision", "language") for what in ("attention", "MLP")]
 
 
 def kind_of(name):
