@@ -15,7 +15,6 @@ from PIL import Image
 from qwen_vl_kit import run
 from qwen_vl_kit.sentences import fail, first_line
 
-
 # Processors of models that fail in the middle, as of transformers 5.17, and why.
 BROKEN = {"MiniCPMV4_6Processor": "transformers can't read images of several sizes at once with it"}
 KINDS = [(part, what) for part in ("vision", "language") for what in ("attention", "MLP")]
