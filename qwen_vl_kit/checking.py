@@ -14,22 +14,13 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from qwen_vl_kit import hub, looking, rows, run
+from qwen_vl_kit import hub, latex, looking, rows, run
 from qwen_vl_kit.report_page import template
 
 SHOWN = 12  # images on the page
 NAMED = 50  # rows of a kind that are named on the page
 CHAT = 30  # tokens of question and chat template, about
 LARGEST = 12_845_056  # Qwen2-VL's own max_pixels
-
-# Ways to spell one formula that should not be mixed: what a text that is spelled so looks like.
-SPELLINGS = {
-    "in $...$": re.compile(r"\s*\$(?!\$).*\$\s*", re.DOTALL),
-    "in $$...$$": re.compile(r"\s*\$\$.*\$\$\s*", re.DOTALL),
-    r"in \[...\]": re.compile(r"\s*\\\[.*\\\]\s*", re.DOTALL),
-    r"in \(...\)": re.compile(r"\s*\\\(.*\\\)\s*", re.DOTALL),
-    "in an environment": re.compile(r"\s*\\begin\{(equation|align|gather|displaymath|math)\*?\}.*", re.DOTALL),
-}
 
 
 class Found(NamedTuple):
@@ -38,7 +29,7 @@ class Found(NamedTuple):
     looked: rows.Looked
     tokens: int
     formula: int  # a hash of its text without spaces
-    spelling: str  # of SPELLINGS, or ""
+    spelling: str  # what stands around it, one of latex.AROUND, or ""
     spacing: str  # "apart" if its tokens are, as in "\frac { a } { b }", "close" as in "\frac{a}{b}", or ""
     unicode: str  # its characters that are no ASCII
 
@@ -88,7 +79,7 @@ def look_at(row, options, special, tokenizer):
     if options.max_length and tokens > options.max_length:
         refused = rows.Unusable(f"more than {options.max_length:,} tokens", f" ({tokens:,})")
         looked = looked._replace(refused=refused)
-    spelling = next((name for name, pattern in SPELLINGS.items() if pattern.fullmatch(text)), "")
+    spelling = latex.delimiter(text)
     beyond = "" if text.isascii() else "".join(sorted({letter for letter in text if ord(letter) > 127}))
     spacing = "apart" if re.search(r"[{^_] \S", text) else "close" if re.search(r"[{^_]\S", text) else ""
     return Found(looked, tokens, hash("".join(text.split())), spelling, spacing, beyond)
@@ -220,7 +211,7 @@ def count(rows):
 def spelled_in(part):
     """How the formulas of a split are spelled where that is more than one way, in words."""
     ways = {name: count for name, count in part["spellings"].items() if name}
-    said = [f"{count:,} stand {name}" for name, count in ways.items() if count]
+    said = [f"{count:,} stand in {latex.AROUND[name]}" for name, count in ways.items() if count]
     if part["spellings"][""] and said:
         said.append(f"{part['spellings']['']:,} in nothing")
     elif len(said) == 1:
