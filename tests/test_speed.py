@@ -78,3 +78,12 @@ def test_the_benchmark_runs_on_a_cpu(tmp_path):
     assert usual["losses"] == pytest.approx(kit["losses"], rel=1e-3)
     table = (tmp_path / "speed.md").read_text()
     assert "| step after the first, 8 samples |" in table and table in ended.stdout
+
+
+def test_the_benchmark_of_models_runs_on_a_cpu(tmp_path):
+    command = [sys.executable, "benchmarks/models.py", "--steps", "3", "--models", "Qwen3-VL-4B", "--output", tmp_path]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    result = json.loads((tmp_path / "models.json").read_text())["Qwen3-VL-4B"]
+    assert len(result["losses"]) == 3 and result["layout"] == [8, 1, False]
+    assert "| Qwen3-VL-4B | 0.00 billion | 8 x 1, kept |" in (tmp_path / "models.md").read_text()
