@@ -126,9 +126,7 @@ def split_batch(options, free):
 
 
 @dataclass
-class Options(Settings, SFTConfig):
-    """The settings, and all other options of TRL's trainer with its own defaults."""
-
+class Options(Settings, SFTConfig):  # and all other options of TRL's trainer, with its own defaults
     def __post_init__(self):
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
@@ -147,6 +145,8 @@ def read_options(options_class, arguments):
 
 in_notebook = "get_ipython" in globals()
 options = read_options(Options, NOTEBOOK_OPTIONS.split() if in_notebook else sys.argv[1:])
+if "7B" in options.model_name_or_path and not (torch.cuda.is_available() or Path(options.model_name_or_path).exists()):
+    sys.exit("The 7B needs an NVIDIA GPU with 10 GB. Without one: python finetune_qwen_vl.py --config demo/config.yaml")
 outputs = Path(options.output_dir)
 outputs.mkdir(parents=True, exist_ok=True)
 dtype = torch.bfloat16 if options.bf16 else torch.float16 if options.fp16 else torch.float32
@@ -179,7 +179,7 @@ end_of_turn = end_of_turn or processor.tokenizer.eos_token  # some templates end
 
 # %% [markdown]
 # ## Data
-# Images and LaTeX, in two parts that share no image: one to train on, one held out to measure on. A row makes a chat.
+# Images and LaTeX, in two parts that share no image: one to train on, one held out to measure on. Each row is a chat.
 
 
 # %%

@@ -30,7 +30,7 @@ def with_underscores(word):
 
 
 def meant(word, known):
-    """A question whether the one of the `known` words was meant that is most like `word`, or nothing."""
+    """`; did you mean X?`, X being what is most like `word` of those `known`, or "" if nothing is."""
     if word.startswith("-") != next(iter(known)).startswith("-"):  # a value among options
         return ""
     bare, word = {name.strip("-"): name for name in known}, word.strip("-").replace("-", "_")

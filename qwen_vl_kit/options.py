@@ -12,7 +12,6 @@ from pathlib import Path
 
 import yaml
 from accelerate.utils import gather_object
-from torch import cuda
 from trl import TrlParser
 
 from qwen_vl_kit import checkpoints, export, help_text, lock, offered, recipe, record, run
@@ -73,7 +72,7 @@ class Parser(TrlParser):
         return options, unknown
 
     def set_defaults_with_config(self, **config):
-        config = {key.replace("-", "_"): value for key, value in config.items()}
+        config = {str(key).replace("-", "_"): value for key, value in config.items()}
         typed = {key: str(value) if isinstance(value, (bool, int, float)) else value for key, value in config.items()}
         typed |= {
             key: "no" for key, value in config.items() if value is False and key.endswith("_strategy")
@@ -136,8 +135,6 @@ def check_numbers(options, extra, error):
 
 def read_options(step, options_class, arguments):
     options, extra, parser = parse(options_class, arguments)
-    if "7B" in options.model_name_or_path and not (cuda.is_available() or Path(options.model_name_or_path).exists()):
-        fail("The 7B needs an NVIDIA GPU with 10 GB. Without one: python finetune_qwen_vl.py --config demo/config.yaml")
     check_numbers(options, extra, parser.error)
     offered.check_possible(options, parser.error)
     if options.hub_token:  # the libraries take it from here, too; as an option it would be saved with checkpoints

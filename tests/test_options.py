@@ -194,7 +194,7 @@ def login():
     [
         (("--loss_type", "nll", "--label_smoothing_factor", "0.1"), ["--label_smoothing_factor", "--lora_dropout"]),
         (("--chat_template_path", "template.jinja"), ["--chat_template_path", "Choose a model"]),
-        (("--report_to", "mlflow"), ["--report_to mlflow", "installed"]),
+        (("--report_to", "dvclive"), ["--report_to dvclive", "installed"]),
         (("--report_to", "wandb"), ["No API key configured", "wandb login"]),
         (("--config", "FILE"), ["--pad_to_multiple_of", "processor pads"]),
         (("--eval_on_start", "true"), ["--eval_on_start", "--eval_strategy steps"]),
