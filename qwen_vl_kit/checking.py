@@ -21,6 +21,7 @@ SHOWN = 12  # images on the page
 NAMED = 50  # rows of a kind that are named on the page
 CHAT = 30  # tokens of question and chat template, about
 LARGEST = 12_845_056  # Qwen2-VL's own max_pixels
+LINES = re.compile(r"\s*(\\begin\{(align|gather)\*?\})")  # several formulas: scores don't take it off
 
 
 class Found(NamedTuple):
@@ -29,7 +30,7 @@ class Found(NamedTuple):
     looked: rows.Looked
     tokens: int
     formula: int  # a hash of its text without spaces
-    spelling: str  # what stands around it, one of latex.AROUND, or ""
+    spelling: str  # what stands around it, as `around` has it
     spacing: str  # "apart" if its tokens are, as in "\frac { a } { b }", "close" as in "\frac{a}{b}", or ""
     unicode: str  # its characters that are no ASCII
 
@@ -79,10 +80,9 @@ def look_at(row, options, special, tokenizer):
     if options.max_length and tokens > options.max_length:
         refused = rows.Unusable(f"more than {options.max_length:,} tokens", f" ({tokens:,})")
         looked = looked._replace(refused=refused)
-    spelling = latex.delimiter(text)
     beyond = "" if text.isascii() else "".join(sorted({letter for letter in text if ord(letter) > 127}))
     spacing = "apart" if re.search(r"[{^_] \S", text) else "close" if re.search(r"[{^_]\S", text) else ""
-    return Found(looked, tokens, hash("".join(text.split())), spelling, spacing, beyond)
+    return Found(looked, tokens, hash("".join(text.split())), around(text), spacing, beyond)
 
 
 def of_split(split, these, options, special, tokenizer):
@@ -204,6 +204,12 @@ def told(part, about, options):
         yield f"  spelling is mixed: {spelled}"
 
 
+def around(text):
+    """What stands around a formula, such as "$" or "\\begin{align}", or "" if nothing does."""
+    lines = LINES.match(text)
+    return lines[1] if lines else latex.delimiter(text)
+
+
 def count(rows):
     return "1 row has" if rows == 1 else f"{rows:,} rows have"
 
@@ -211,7 +217,7 @@ def count(rows):
 def spelled_in(part):
     """How the formulas of a split are spelled where that is more than one way, in words."""
     ways = {name: count for name, count in part["spellings"].items() if name}
-    said = [f"{count:,} stand in {latex.AROUND[name]}" for name, count in ways.items() if count]
+    said = [f"{count:,} stand in {latex.AROUND.get(name, f'{name}...')}" for name, count in ways.items() if count]
     if part["spellings"][""] and said:
         said.append(f"{part['spellings']['']:,} in nothing")
     elif len(said) == 1:

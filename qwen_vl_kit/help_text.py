@@ -92,7 +92,7 @@ def short(parser, script, kit):
 
 
 def usually(action):
-    """The default of an option in brackets, unless its text says what happens without it."""
+    """The default of an option in brackets; nothing where that is None or empty, which its text is to explain."""
     value = getattr(action.default, "value", action.default)
     if value is None or value == []:
         return ""

@@ -26,8 +26,8 @@ saved = False  # whether all that a run is to leave is there
 def end():
     """Ends a process of several whose work is done, without taking Python down.
 
-    A thread of gloo (torch 2.10) that still lets go of a tensor by then aborts the process: once in some hundred runs,
-    a launcher called a run failed that had saved everything. Registered first, this is called after what others do.
+    With torch 2.10, gloo's threads outlive the process group, and once in some hundred runs a process aborted as Python
+    ended: the launcher called a run failed that had saved everything. Registered early, this is called late.
     """
     if processes > 1 and saved:
         sys.stdout.flush()

@@ -29,17 +29,20 @@ def make_trainer(step, *arguments):
 
 def save(step, outputs, predictions, metrics):
     step(outputs, predictions, metrics)
+    senders = {"tensorboard": to_tensorboard, "trackio": to_trackio, "wandb": to_wandb}
+    wanted = [name for name in run.options.report_to if name in senders]
+    if not wanted:
+        return
     found = metrics_of(outputs)
     names = [name for name, score in found["after"].items() if isinstance(score, int | float)]
     when = {0: "before", found["train"]["log"][-1]["step"]: "after"}
     scores = {steps: {f"held_out/{name}": found[part][name] for name in names} for steps, part in when.items()}
     rows = [[str(row["row"]), row["truth"], row["before"]["text"], row["after"]["text"]] for row in predictions]
-    for name in run.options.report_to:
-        if send := {"tensorboard": to_tensorboard, "trackio": to_trackio, "wandb": to_wandb}.get(name):
-            try:
-                send(scores, outputs / "sample.png", rows)
-            except Exception as error:  # everything is saved by now: no tracker may end the run
-                print(f"{name} did not take the scores and readings: {first_line(error)}")
+    for name in wanted:
+        try:
+            senders[name](scores, outputs / "sample.png", rows)
+        except Exception as error:  # everything is saved by now: no tracker may end the run
+            print(f"{name} did not take the scores and readings: {first_line(error)}")
 
 
 def to_tensorboard(scores, sample, rows):

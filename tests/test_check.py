@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from conftest import ROOT
@@ -11,6 +12,7 @@ from datasets import Dataset
 from test_sources import TEXTS, images, picture, table
 
 from qwen_vl_kit import check
+from qwen_vl_kit.checking import around, spelled_in
 
 
 def test_everything_is_told_and_named(tmp_path, capsys):
@@ -64,3 +66,23 @@ def test_nothing_that_can_be_used_is_an_error(tmp_path):
     assert ended.value.code == 1
     with pytest.raises(SystemExit, match=r"name end in \.html"):
         check.main(["--dataset_name", "x", "--output", str(tmp_path / "rows.parquet")], "check")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("x", ""), (" $x$ ", "$"), ("$$x$$", "$$"), (r"\[ x \]", r"\["), (r"\(x\)", r"\("), (r"$x$ and $y$", ""),
+        (r"\begin{equation*} x \end{equation*}", r"\begin{equation*}"),
+        (r"\begin{align} x \end{align}", r"\begin{align}"),
+        (r"\begin{array} { c } x \end{array}", ""),
+    ],
+)  # fmt: skip
+def test_what_stands_around_a_formula(text, found):
+    assert around(text) == found
+    part = {
+        "spellings": Counter({found: 2, "$" if found == "" else "": 1}),
+        "spacings": Counter(),
+        "letters": Counter(),
+    }
+    said = spelled_in(part)
+    assert f"{2 if found else 1} stand in " in said and (found or "$") in said
