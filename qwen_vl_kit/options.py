@@ -10,6 +10,7 @@ from argparse import SUPPRESS
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import torch
 import yaml
 from accelerate.utils import gather_object
 from trl import TrlParser
@@ -42,6 +43,7 @@ class ExtraOptions:
     normalize_latex: bool = False  # write all formulas, held-out ones too, in one spelling
     num_validation_rows: int | None = None  # rows for the validation loss; None: num_test_rows
     early_stopping_patience: int | None = None  # stop after so many validation losses in a row without improvement
+    cuda_graphs: str = "auto"  # launch each layer stack at once on a GPU: auto, true, false
 
 
 class Parser(TrlParser):
@@ -108,6 +110,11 @@ def check_numbers(options, extra, error):
             "--early_stopping_patience needs the best checkpoint: leave out --save_strategy no and "
             "--load_best_model_at_end false"
         )
+    extra.cuda_graphs = extra.cuda_graphs.lower()
+    if extra.cuda_graphs not in ("auto", "true", "false"):
+        error(f"--cuda_graphs must be auto, true or false, not {extra.cuda_graphs}")
+    if extra.cuda_graphs == "true" and (options.use_cpu or not torch.cuda.is_available()):
+        error("--cuda_graphs true needs an NVIDIA GPU: leave it out")
     if (extra.num_validation_rows or 0) < 0 or (extra.num_validation_rows == 0 and options.eval_strategy != "no"):
         error("--num_validation_rows must be at least 1: losses on the way need rows of their own")
     if not 0 <= options.num_train_epochs < math.inf or (options.max_steps < 1 and not options.num_train_epochs):

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from qwen_vl_kit import checkpoints, lock, record, run
+from qwen_vl_kit import checkpoints, graphs, lock, record, run
 from qwen_vl_kit.checkpoints import WholeCheckpoints, bring_best, how_to_resume, make_room
 from qwen_vl_kit.memory import TooLarge, is_shortage, must_fit
 from qwen_vl_kit.sentences import fail
@@ -154,17 +155,25 @@ class Rehearsal(TrainerCallback):
             try:
                 adam = torch.empty(2 * trainable, device=model.device)  # noqa: F841 (as much as the optimizer takes)
                 batch = self.trainer.data_collator([self.trainer.train_dataset[at] for at in longest])
-                inputs = {name: value.to(model.device) for name, value in batch.items()}
-                with self.trainer.accelerator.autocast():
-                    loss = model(**inputs).loss
-                loss.backward()
+                self.compute(model, batch)
             except RuntimeError as error:
                 if not is_shortage(error):
                     raise
                 fits = False
-        model.zero_grad(set_to_none=True)
-        if not all(gather_object([fits])):
-            raise TooLarge("the longest samples don't fit into memory")
+            model.zero_grad(set_to_none=True)
+            if not all(gather_object([fits])):
+                raise TooLarge("the longest samples don't fit into memory")
+            if self.trainer.graphs:
+                other = self.trainer.data_collator([self.trainer.train_dataset[at] for at in reversed(longest)])
+                self.trainer.apart = graphs.check(self.trainer.graphs, partial(self.compute, model), batch, other)
+                model.zero_grad(set_to_none=True)
+
+    def compute(self, model, batch):
+        """The loss of a batch, and in the model the gradients."""
+        with self.trainer.accelerator.autocast():
+            loss = model(**{name: value.to(model.device) for name, value in batch.items()}).loss
+        loss.backward()
+        return float(loss.detach())
 
 
 # Of a resumed run these would have the time and the losses of its last part beside the samples and steps of all.
@@ -215,7 +224,7 @@ class Trainer(WholeCheckpoints, SFTTrainer):
             how = train_dataset.format
             eval_dataset = run.validation_set.with_format(how["type"], **how["format_kwargs"])
         super().__init__(*arguments, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
-        self.bar = LossBar()
+        self.bar, self.graphs, self.apart = LossBar(), None, None
         if run.extra.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(run.extra.early_stopping_patience))
         if self.pop_callback(ProgressCallback):  # in a notebook it is another one, and there may be none
@@ -243,6 +252,9 @@ class Trainer(WholeCheckpoints, SFTTrainer):
         finally:
             stopper.let_go()
             self.bar.close()
+            if self.graphs:
+                self.recorded = self.graphs.recorded()
+                self.graphs.release()
         if stopper.asked:
             print(f"\nStopped after step {self.state.global_step}. {how_to_resume(outputs)}")
             sys.exit(128 + stopper.asked)
@@ -331,6 +343,8 @@ class Trainer(WholeCheckpoints, SFTTrainer):
         return True
 
     def training_step(self, *args, **kwargs):
+        if self.graphs:
+            self.graphs.follow()
         loss = super().training_step(*args, **kwargs)
         self.must_be_finite("loss", loss)
         return loss
@@ -378,24 +392,31 @@ class Attempts:
         run.began, checkpoint, run.trained = time.perf_counter(), resume_from_checkpoint, True
         if checkpoint and self.trainer.finish_early(checkpoint):
             return self.note()
+        # Where graphs are used, waiting for launches is what a split into micro-batches, or recomputing, would cost.
+        used = [True] * graphs.wanted(run.model, self.args, run.extra.cuda_graphs) + [False]
+        self.ways = [(layout, recorded) for recorded in used for layout in run.layouts]
         with must_fit("a training step"):
-            while not (result := self.attempt(checkpoint, last=len(run.layouts) == 1)):
-                run.layouts = run.layouts[1:]
-                checkpoint = self.start_over(run.layouts[0]) or checkpoint
+            while not (result := self.attempt(checkpoint, *self.ways[0])):
+                checkpoint = self.start_over(self.ways[0][0]) or checkpoint
         self.note()
         return result
 
-    def attempt(self, checkpoint, last):
-        """What training returns, or None if memory has run out and there is another layout to try."""
+    def attempt(self, checkpoint, layout, recorded):
+        """What training returns, or None if memory has run out and there is another way to try."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        if recorded:
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+            self.trainer.graphs = graphs.Graphs(self.trainer.model, dtype, recompute=layout[2])
         try:
             return self.trainer.train(resume_from_checkpoint=checkpoint)
         except RuntimeError as error:
             # Of several processes, only those that have rehearsed together can give up together.
             together = self.trainer.args.world_size == 1 or isinstance(error, TooLarge)
-            if last or not together or not is_shortage(error):
+            only = isinstance(error, graphs.GraphsTooLarge)  # without graphs, this layout fits
+            self.ways = [way for way in self.ways if way != (layout, recorded) and (only or way[0] != layout)]
+            if not self.ways or not together or not is_shortage(error):
                 raise
 
     def start_over(self, layout):
@@ -426,6 +447,10 @@ class Attempts:
             here = max(gather_object([torch.cuda.max_memory_reserved() / 1e9]))
             numbers["peak_memory_gb"] = max(here, run.record.get("peak_memory_gb", 0))
             memory = f", {numbers['peak_memory_gb']:.1f} GB of GPU memory at most"
+        if self.trainer.graphs and self.trainer.apart:
+            numbers["cuda_graphs"] = dict(zip(("loss_apart", "gradients_apart"), self.trainer.apart, strict=True))
+            numbers["cuda_graphs"]["sizes"] = self.trainer.recorded
+            memory += f", {self.trainer.recorded} CUDA graphs"
         parts = len(run.record["resumed"]) + 1
         resumed = f" (in {parts} parts)" * (parts > 1)
         if state.best_global_step and self.args.load_best_model_at_end:

@@ -1,0 +1,367 @@
+"""CUDA graphs of training: on a fast GPU, a step waits for thousands of launches; a graph is launched once.
+
+`training` has its trainer attach this to the model. The layers of text and the blocks of the image encoder are two
+stacks, each recorded once for every size of its input, forward and backward, and replayed from then on. Texts and
+images are padded to few sizes. What depends on the data in Python (positions, where images go in the text, the loss)
+stays outside. Before the first step, loss and gradients are compared with those of the model as it is.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
+
+from qwen_vl_kit.memory import TooLarge, free_memory, is_shortage
+from qwen_vl_kit.sentences import fail
+
+# Lengths are rounded up to a multiple of the first number, above the second of the last.
+TOKENS, PATCHES = (64, 512, 128), (64, 512, 256)
+MOST = 24  # sizes that a stack keeps recorded
+FEWEST_STEPS = 10  # in shorter runs, recording takes longer than it saves
+# How far loss and gradients may be from those of the model as it is, as a share. Rounding to bf16 alone makes 0.5% and
+# 2%; a mask or a position that is wrong makes far more.
+TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.01, 0.1), torch.float16: (0.01, 0.1)}
+
+
+def rounded(length, steps):
+    """`length` rounded up to one of few sizes; `steps` is TOKENS or PATCHES."""
+    fine, limit, coarse = steps
+    multiple = fine if length <= limit else coarse
+    return -(-length // multiple) * multiple
+
+
+class GraphsTooLarge(TooLarge):
+    """The layout fits into memory, and its graphs don't."""
+
+
+def unusable(model, options):
+    """Why no graphs can be recorded for this run, as a part of a sentence, or None."""
+    if not torch.cuda.is_available():
+        return "they need an NVIDIA GPU"
+    if options.world_size > 1:
+        return "several processes train together"
+    if options.lora_dropout:
+        return "dropout draws new numbers in each step"
+    if not any(type(part).__name__ in STACKS for part in model.modules()):
+        return f"{model.config.model_type} is not an architecture that they are made for"
+    return None
+
+
+def wanted(model, options, choice):
+    """Whether a run is to use graphs; `choice` is --cuda_graphs. Ends the run if it can't do what that asks for."""
+    why = unusable(model, options)
+    if choice == "true" and why:
+        fail(f"--cuda_graphs true can't be done: {why}. Leave it out.")
+    if why and choice == "auto" and torch.cuda.is_available():
+        print(f"Without CUDA graphs: {why}")
+    return not why and (choice == "true" or (choice == "auto" and options.max_steps >= FEWEST_STEPS))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stacks: layers whose shapes depend on nothing in the data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Text(nn.Module):
+    """The decoder layers of a text model. Texts are padded on the right, so attention need not know the padding."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.layers = model.layers
+
+    def layer(self, layer, hidden, cos, sin):
+        # Not layer(...), which would recompute by itself.
+        return nn.Module.__call__(
+            layer, hidden, attention_mask=None, position_embeddings=(cos, sin), past_key_values=None, use_cache=False
+        )
+
+
+class Vision(nn.Module):
+    """The blocks of an image encoder: hidden states (images * patches, width), padded, and which patches are real."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.layers = model.blocks
+
+    def layer(self, block, hidden, cos, sin, real):
+        """`real` is (images, 1, 1, patches): attention of all images in one call."""
+        attention, images, patches = block.attn, real.shape[0], real.shape[-1]
+        parts = attention.qkv(block.norm1(hidden)).view(images * patches, 3, attention.num_heads, -1)
+        query, key, value = parts.unbind(1)
+        query, key = qwen2_vl.apply_rotary_pos_emb_vision(query, key, cos, sin)
+        heads = (part.view(images, patches, attention.num_heads, -1).transpose(1, 2) for part in (query, key, value))
+        seen = functional.scaled_dot_product_attention(*heads, attn_mask=real, scale=attention.scaling)
+        hidden = hidden + attention.proj(seen.transpose(1, 2).reshape(hidden.shape))
+        return hidden + block.mlp(block.norm2(hidden))
+
+
+class Graph:
+    """One stack for one size: what it computes forward and backward, on tensors that stay where they are.
+
+    `record` turns a function into one that repeats on the GPU what it did; on a CPU, for tests, it is the function.
+    """
+
+    def __init__(self, stack, inputs, recompute, gradients, record):
+        self.stack, self.recompute, self.gradients = stack, recompute, gradients
+        self.parameters = [parameter for parameter in stack.parameters() if parameter.requires_grad]
+        self.inputs = [tensor.detach().clone() for tensor in inputs]
+        self.inputs[0].requires_grad_(inputs[0].requires_grad)
+        self.output = self.input_gradient = None
+        self.replay_forward = record(self.forward)
+        self.output_gradient = torch.empty_like(self.output)
+        self.replay_backward = record(self.backward)
+
+    def forward(self):
+        hidden, *others = self.inputs
+        for layer in self.stack.layers:
+            if self.recompute:  # nothing random is in it, and asking for that state would end the recording
+                how = {"use_reentrant": False, "preserve_rng_state": False}
+                hidden = checkpoint(self.stack.layer, layer, hidden, *others, **how)
+            else:
+                hidden = self.stack.layer(layer, hidden, *others)
+        self.output = hidden
+
+    def backward(self):
+        """Adds the gradients of the parameters to `gradients`."""
+        first = self.inputs[:1] if self.inputs[0].requires_grad else []
+        found = torch.autograd.grad(self.output, first + self.parameters, self.output_gradient)
+        self.input_gradient = found[0] if first else None
+        self.output = self.output.detach()
+        torch._foreach_add_(self.gradients, [*found[len(first) :]])
+
+
+class Replay(torch.autograd.Function):
+    """A graph as a part of autograd's. `anchor` requires a gradient, so that the output does; it gets none."""
+
+    @staticmethod
+    def forward(context, anchor, hidden, graph, others):
+        for kept, now in zip(graph.inputs, (hidden, *others), strict=True):
+            kept.data.copy_(now)
+        graph.replay_forward()
+        context.graph = graph
+        return graph.output.detach()
+
+    @staticmethod
+    def backward(context, gradient):
+        graph = context.graph
+        graph.output_gradient.copy_(gradient)
+        with into(graph.parameters, graph.gradients):
+            graph.replay_backward()
+        return None, graph.input_gradient, None, None
+
+
+@contextmanager
+def into(parameters, gradients):
+    """Has what is added to `gradients` meanwhile end up in the parameters' `.grad`, beside what is there."""
+    ours = all(parameter.grad is gradient for parameter, gradient in zip(parameters, gradients, strict=True))
+    if not ours:
+        torch._foreach_zero_(gradients)
+    yield
+    if ours:
+        return
+    if all(parameter.grad is None for parameter in parameters):  # a step begins
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return
+    for parameter, gradient in zip(parameters, gradients, strict=True):  # some micro-batches were not replayed
+        parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+class Recorder:
+    """Records what functions launch. Those of one recorder share their memory: they are replayed one after another."""
+
+    def __init__(self, dtype):
+        self.dtype, self.pool, self.stream = dtype, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def __call__(self, function):
+        graph = torch.cuda.CUDAGraph()
+        how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        # Weights that autocast has cast, and keeps, would be those of the step that was recorded.
+        casting = {"enabled": self.dtype != torch.float32, "cache_enabled": False}
+        with torch.enable_grad(), torch.autocast("cuda", dtype=self.dtype, **casting), torch.cuda.graph(graph, **how):
+            function()
+        return graph.replay
+
+
+class Stack:
+    """A stack and its graphs: {size: graph}. `sizes` counts how often each size was met."""
+
+    def __init__(self, stack, recompute, record):
+        self.stack, self.recompute, self.record = stack, recompute, record
+        self.graphs, self.sizes, self.too_large = {}, {}, set()
+        parameters = [parameter for parameter in stack.parameters() if parameter.requires_grad]
+        self.gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        self.pointers = [parameter.data_ptr() for parameter in parameters]
+        first = next(stack.parameters())
+        self.anchor = torch.zeros((), device=first.device, requires_grad=True)
+
+    def __call__(self, *inputs):
+        """What the layers make of `inputs`, or None if they have to be called as they are."""
+        size = tuple(inputs[-1].shape)
+        self.sizes[size] = self.sizes.get(size, 0) + 1
+        if size in self.too_large:
+            return None
+        if size not in self.graphs:
+            self.add(size, inputs)
+        if size not in self.graphs:
+            return None
+        hidden, *others = inputs
+        return Replay.apply(self.anchor, hidden, self.graphs[size], others)
+
+    def add(self, size, inputs):
+        """Records a graph; where memory runs out, that size is left to the layers as they are."""
+        if len(self.graphs) == MOST:
+            del self.graphs[min(self.graphs, key=self.sizes.get)]
+        try:
+            self.graphs[size] = Graph(self.stack, inputs, self.recompute, self.gradients, self.record)
+        except RuntimeError as error:
+            if not (is_shortage(error) or (error.__context__ and is_shortage(error.__context__))):
+                raise
+            self.too_large.add(size)
+        if size in self.too_large:
+            free_memory()
+
+    def moved(self):
+        """Whether weights lie elsewhere than they did when graphs were recorded."""
+        parameters = (parameter for parameter in self.stack.parameters() if parameter.requires_grad)
+        return self.pointers != [parameter.data_ptr() for parameter in parameters]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def through_text(model, stack, forward, inputs_embeds=None, attention_mask=None, position_ids=None, **others):
+    """What `Qwen2VLTextModel.forward` returns, its layers replayed; `forward` is that method."""
+    given = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids, **others}
+    plain = inputs_embeds is not None and position_ids is not None and not others.get("past_key_values")
+    if not (plain and model.training and torch.is_grad_enabled()):
+        return forward(**given)
+    if attention_mask is not None and not attention_mask[:, 0].all():  # padded on the left
+        return forward(**given)
+    length = inputs_embeds.shape[1]
+    more = rounded(length, TOKENS) - length
+    hidden = functional.pad(inputs_embeds, (0, 0, 0, more))
+    positions = functional.pad(position_ids[-3:], (0, more))  # before these, there may be a row of the text's own
+    hidden = stack(hidden, *model.rotary_emb(hidden, positions))
+    if hidden is None:
+        return forward(**given)
+    return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden[:, :length]))
+
+
+def through_vision(model, stack, forward, hidden_states, grid_thw, **others):
+    """What `Qwen2VisionTransformerPretrainedModel.forward` returns, its blocks replayed; `forward` is that method."""
+    if not (model.training and torch.is_grad_enabled()):
+        return forward(hidden_states, grid_thw, **others)
+    lengths = grid_thw.prod(dim=-1)
+    images, patches = len(lengths), rounded(int(lengths.max()), PATCHES)
+    real = torch.arange(patches, device=lengths.device) < lengths[:, None]
+    places = real.flatten().nonzero().flatten()
+    hidden = model.patch_embed(hidden_states)
+    positions = qwen2_vl.get_vision_position_ids(grid_thw, model.spatial_merge_size, kwargs=dict(others))
+
+    def padded(tensor):
+        return tensor.new_zeros(images * patches, tensor.shape[-1]).index_copy(0, places, tensor)
+
+    cos, sin = model.rotary_pos_emb(hidden, positions)
+    hidden = stack(padded(hidden), padded(cos), padded(sin), real[:, None, None])
+    if hidden is None:
+        return forward(hidden_states, grid_thw, **others)
+    hidden = hidden[places]
+    return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=model.merger(hidden))
+
+
+STACKS = {
+    "Qwen2VLTextModel": (Text, through_text),
+    "Qwen2_5_VLTextModel": (Text, through_text),
+    "Qwen2VisionTransformerPretrainedModel": (Vision, through_vision),
+}
+
+
+class Graphs:
+    """The graphs of a model, in its place between `attach` and `release`."""
+
+    def __init__(self, model, dtype, recompute, recorder=Recorder):
+        self.model, self.dtype, self.recompute, self.recorder = model, dtype, recompute, recorder
+        self.stacks, self.replaced = [], []
+
+    def attach(self):
+        for part in [part for part in self.model.modules() if type(part).__name__ in STACKS]:
+            stack, through = STACKS[type(part).__name__]
+            self.stacks.append(Stack(stack(part), self.recompute, self.recorder(self.dtype)))
+            self.replaced.append((part, vars(part).get("forward")))  # Unsloth's, if it has put one there
+            part.forward = bound(through, part, self.stacks[-1], part.forward)
+
+    def release(self):
+        """Has the model compute as it did, and frees the memory."""
+        for part, forward in self.replaced:
+            del part.forward
+            if forward:
+                part.forward = forward
+        self.stacks, self.replaced = [], []
+        free_memory()
+
+    def recorded(self):
+        """How many sizes are recorded, of all stacks."""
+        return sum(len(stack.graphs) for stack in self.stacks)
+
+    def follow(self):
+        """Records anew if weights have moved, as loading can do."""
+        if any(stack.moved() for stack in self.stacks):
+            self.release()
+            self.attach()
+
+
+def bound(through, part, stack, forward):
+    """The method that takes the place of `forward`."""
+
+    def replacement(*arguments, **options):
+        return through(part, stack, forward, *arguments, **options)
+
+    return replacement
+
+
+def difference(loss, gradients, other_loss, other_gradients):
+    """How far a loss and gradients are from others, as shares of those."""
+    apart, size = (
+        float(torch.stack(torch._foreach_norm(part)).norm())
+        for part in (torch._foreach_sub(gradients, other_gradients), other_gradients)
+    )
+    return abs(loss - other_loss) / abs(other_loss), apart / size
+
+
+def check(graphs, compute, batch, same):
+    """Attaches graphs if they agree with the model as it is. Returns how far they are apart, or None if they don't.
+
+    `compute(batch)` does a forward and a backward pass, and returns the loss. `same` has the samples of `batch` in
+    another order, and so the same loss: recorded with those, a graph that keeps something of them is found out.
+    Raises GraphsTooLarge.
+    """
+    parameters = [parameter for parameter in graphs.model.parameters() if parameter.requires_grad]
+
+    def run(inputs):
+        graphs.model.zero_grad(set_to_none=True)
+        loss = compute(inputs)
+        return loss, [parameter.grad.clone() for parameter in parameters]
+
+    expected = run(batch)
+    free_memory()
+    graphs.attach()
+    run(same)
+    found = difference(*run(batch), *expected)
+    if any(stack.too_large for stack in graphs.stacks):
+        graphs.release()
+        raise GraphsTooLarge("the graphs of the longest samples don't fit into memory")
+    if all(share <= limit for share, limit in zip(found, TOLERANCE[graphs.dtype], strict=True)):  # NaN is not
+        return found
+    graphs.release()
+    print(
+        f"Without CUDA graphs: with them, the loss is {found[0]:.2%} and the gradients are {found[1]:.2%} away from "
+        "those without."
+    )
+    return None
