@@ -24,7 +24,6 @@ sys.argv[1:] = [*arguments, "--batch_size", str(largest), "--max_steps", "6", "-
 sys.argv += ["--output_dir", tempfile.mkdtemp()]
 sys.path.insert(0, str(ROOT))
 import finetune_qwen_vl as script  # noqa: E402, I001 (it imports Unsloth, which comes before other libraries)
-from peft.tuners.lora import LoraLayer  # noqa: E402
 from qwen_vl_kit import run  # noqa: E402
 
 trainable = [parameter for parameter in script.model.parameters() if parameter.requires_grad]
@@ -78,8 +77,8 @@ for batch in others:
     train(f"batch {batch}", "--batch_size", batch, "--max_steps", 6)
 for limit in (24, 16, 8) if cuda else ():
     train(f"limit {limit} GiB", "--batch_size", 8, "--max_steps", 6, limit_gib=limit)
-for layer in script.model.modules():
-    if isinstance(layer, LoraLayer):
-        layer.__dict__.pop("forward", None)  # that of qwen_vl_kit.models
+if run.usual_kernels:
+    run.usual_kernels()
 usual = ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4, "--gradient_checkpointing", "false")
+usual += ("--cuda_graphs", "false")
 train("usual computation", "--batch_size", 8, "--max_steps", steps, *usual)

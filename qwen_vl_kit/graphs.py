@@ -6,6 +6,7 @@ images are padded to few sizes. What depends on the data in Python (positions, w
 stays outside. Before the first step, loss and gradients are compared with those of the model as it is.
 """
 
+import sys
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 
+from qwen_vl_kit import kernels
 from qwen_vl_kit.memory import TooLarge, free_memory, is_shortage
 from qwen_vl_kit.sentences import fail
 
@@ -87,12 +89,19 @@ class Vision(nn.Module):
         super().__init__()
         self.layers = model.blocks
 
+    def rotate(self, query, key, cos, sin):
+        """Rotates queries and keys, (patches, heads, size), in 32 bits, as the model does."""
+        if not (query.is_cuda and sys.modules.get("unsloth")):
+            return qwen2_vl.apply_rotary_pos_emb_vision(query, key, cos, sin)
+        parts = kernels.rotate(query[None].transpose(1, 2), key[None].transpose(1, 2), cos, sin)
+        return (part.transpose(1, 2)[0] for part in parts)
+
     def layer(self, block, hidden, cos, sin, real):
         """`real` is (images, 1, 1, patches): attention of all images in one call."""
         attention, images, patches = block.attn, real.shape[0], real.shape[-1]
         parts = attention.qkv(block.norm1(hidden)).view(images * patches, 3, attention.num_heads, -1)
-        query, key, value = parts.unbind(1)
-        query, key = qwen2_vl.apply_rotary_pos_emb_vision(query, key, cos, sin)
+        query, key, value = parts[:, 0], parts[:, 1], parts[:, 2]
+        query, key = self.rotate(query, key, cos, sin)
         heads = (part.view(images, patches, attention.num_heads, -1).transpose(1, 2) for part in (query, key, value))
         seen = functional.scaled_dot_product_attention(*heads, attn_mask=real, scale=attention.scaling)
         hidden = hidden + attention.proj(seen.transpose(1, 2).reshape(hidden.shape))

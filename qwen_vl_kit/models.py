@@ -1,4 +1,4 @@
-"""Kernels, and the quirks of backends and architectures.
+"""The quirks of backends and architectures.
 
 Wraps `load_processor` and `load_model`: loading is 7 s faster with Unsloth, and so is each step and each reading on a
 GPU. A model that would not learn where an answer begins or ends is refused.
@@ -12,7 +12,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 
-from qwen_vl_kit import run
+from qwen_vl_kit import kernels, run
 from qwen_vl_kit.sentences import fail, first_line
 
 # Processors of models that fail in the middle, as of transformers 5.17, and why.
@@ -79,25 +79,12 @@ def must_end(model, options):
         )
 
 
-def fuse(layer):
-    """Has a layer with LoRA computed by Unsloth's kernel for text models: a few launches instead of a dozen."""
-    from unsloth.kernels.fast_lora import LoRA_W
-    from unsloth.kernels.utils import get_lora_parameters_bias
-
-    def forward(x):
-        weight, quantization, a, b, scale, bias = get_lora_parameters_bias(layer)
-        y = LoRA_W.apply(x[None] if x.dim() == 2 else x, weight, quantization, a, b, scale).view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias
-
-    layer.forward = forward
-
-
-def load_model(step, options, *arguments, **more):
+def load_model(step, options, dtype, *arguments, **more):
     # Unsloth collects garbage 18 times as it loads a model: 7 s, if all that was imported is looked through.
     gc.freeze()
     # Where PyTorch prefers cuDNN's attention (Hopper), it plans anew for every new size of an image or a text.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    model = step(options, *arguments, **more)
+    model = step(options, dtype, *arguments, **more)
     must_end(model, options)
     run.model, run.trained = model, False
     run.notes["quantization"] = model.config.to_dict().get("quantization_config")
@@ -107,6 +94,5 @@ def load_model(step, options, *arguments, **more):
     run.notes["adapted_layers"] = {"vision": vision, "language": len(adapted) - vision}
     print("Adapters on " + ", ".join(f"{kinds[kind] or 'no'} {kind[0]} {kind[1]}" for kind in KINDS) + " layers")
     if sys.modules.get("unsloth") and not options.lora_dropout:
-        for layer in adapted.values():
-            fuse(layer)
+        run.usual_kernels = kernels.install(model, dtype)
     return model

@@ -6,6 +6,7 @@ exports = {}  # what export.py is to do at the end
 layouts = []  # [(samples at once, micro-batches per step, whether activations are recomputed), ...], the fastest first
 processor = None
 model = None
+usual_kernels = None  # a function that has the model compute without those of `kernels`
 data_folder = None  # where relative paths of images start
 dropped_parts = 0  # of each path, which then starts in that folder
 lines_of = {}  # {split: a function that says on which line of its file a row is, or None}

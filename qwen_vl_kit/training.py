@@ -169,10 +169,10 @@ class Rehearsal(TrainerCallback):
                 model.zero_grad(set_to_none=True)
 
     def compute(self, model, batch):
-        """The loss of a batch, and in the model the gradients."""
+        """The loss of a batch, and in the model the gradients, in fp16 times a number that keeps them from being 0."""
         with self.trainer.accelerator.autocast():
             loss = model(**{name: value.to(model.device) for name, value in batch.items()}).loss
-        loss.backward()
+        (loss * 1024 if self.trainer.args.fp16 else loss).backward()
         return float(loss.detach())
 
 
