@@ -164,12 +164,12 @@ class Prompt:
         if self.config._attn_implementation not in ("sdpa", "eager"):
             raise Unfit(f"attention is {self.config._attn_implementation}")
         self.cache = DynamicCache(config=self.config)
+        if any(type(layer) is not DynamicLayer for layer in self.cache.layers):
+            raise Unfit("some layers keep something else than all keys and values")
         now = inputs | {"past_key_values": self.cache}
         logits = model(**model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **now)).logits[:, -1]
-        if any(
-            type(layer) is not DynamicLayer or layer.keys.shape[2] != input_ids.shape[1] for layer in self.cache.layers
-        ):
-            raise Unfit("some layers keep something else than all keys and values")
+        if any(layer.get_seq_length() != input_ids.shape[1] for layer in self.cache.layers):
+            raise Unfit("some layers keep keys and values of something else than the prompt")
         self.logits, self.dtype = logits.float(), logits.dtype
         padding = inputs["attention_mask"][:, None, None] == 0
         self.mask = torch.zeros(padding.shape, dtype=logits.dtype, device=logits.device)
@@ -331,23 +331,24 @@ class Generator:
             cache.update(keys, values, number)
         inputs = {name: value[some] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
         inputs["position_ids"] = prompt.positions[..., some, :]
-        outputs, tokens = CausalLMOutputWithPast(past_key_values=cache), input_ids[some]
-        token, differences = prompt.logits[some].argmax(dim=-1), []
-        step = prompt.step(token, room(input_ids.shape[1], 0, COMPARED), layers, some)
-        run = self.runner(step.logits, step)
+        outputs, tokens, expected = CausalLMOutputWithPast(past_key_values=cache), input_ids[some], []
+        first = token = prompt.logits[some].argmax(dim=-1)
         for _ in range(COMPARED):
             tokens = torch.cat([tokens, token[:, None]], dim=1)
             inputs = model._update_model_kwargs_for_generation(outputs, inputs)
             outputs = model(**model.prepare_inputs_for_generation(tokens, next_sequence_length=1, **inputs))
-            expected = outputs.logits[:, -1].float()
-            step.token.copy_(token[:, None])
-            with fewer_launches(model, prompt.dtype):
-                found = run()
-            differences.append((found - expected).square().mean(dim=-1).sqrt() / expected.std(dim=-1))
-            token = expected.argmax(dim=-1)
-        self.difference = torch.cat(differences).max().item()
-        if not self.difference <= ROUNDING.get(prompt.dtype, 0):  # nor if it is NaN
-            raise Unfit(f"its logits differ by {self.difference:.1%} of their spread")
+            expected.append(outputs.logits[:, -1].float())
+            token = expected[-1].argmax(dim=-1)
+        step = prompt.step(first, room(input_ids.shape[1], 0, COMPARED), layers, some)
+        run, differences = self.runner(step.logits, step), []
+        with fewer_launches(model, prompt.dtype):
+            for logits in expected:
+                differences.append((run() - logits).square().mean(dim=-1).sqrt() / logits.std(dim=-1))
+                step.token.copy_(logits.argmax(dim=-1, keepdim=True))
+        difference = torch.cat(differences).max().item()
+        if not difference <= ROUNDING.get(prompt.dtype, 0):  # nor if it is NaN
+            raise Unfit(f"its logits differ by {difference:.1%} of their spread")
+        self.difference = difference
 
     def give_up(self, error):
         self.why_not = str(error) if isinstance(error, Unfit) else f"{type(error).__name__}: {first_line(error)}"
@@ -370,7 +371,7 @@ class Generator:
                 try:
                     graph, result = self.record(call)
                 except Exception as error:
-                    if is_shortage(error):
+                    if is_shortage(error) or is_shortage(error.__context__):  # the end of recording has its own error
                         raise
                     self.give_up(error)
             if graph is None:
