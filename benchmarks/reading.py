@@ -1,10 +1,11 @@
 """Times how fast images are read: by `python -m qwen_vl_kit read`, or by the README's lines. Prints a line of JSON.
 
-usage: python benchmarks/reading.py MODEL IMAGES [--by read|lines] [--tokens 128]
+usage: python benchmarks/reading.py MODEL IMAGES [--by read|lines] [--tokens 128] [--cuda_graphs true|false]
 
 MODEL is what a run of finetune_qwen_vl.py has left, outputs/adapter or outputs/merged. IMAGES is a folder of PNG files,
 such as outputs/held_out; up to 64 of them are read, one by one the first 4. A model with random weights never ends a
-reading by itself: each is then as long as `--tokens` says.
+reading by itself: each is then as long as `--tokens` says. With `--by read`, tokens per second are those of the one by
+one read images as they were written, and CUDA graphs can be switched off.
 """
 
 import argparse
@@ -23,6 +24,7 @@ parser.add_argument("model")
 parser.add_argument("images", type=Path)
 parser.add_argument("--by", choices=("read", "lines"), default="lines")
 parser.add_argument("--tokens", type=int, default=128)
+parser.add_argument("--cuda_graphs", choices=("true", "false"), default="true")
 options = parser.parse_args()
 on_gpu = torch.cuda.is_available()
 files = sorted(options.images.glob("*.png"))[:64]
@@ -52,6 +54,7 @@ def by_read():
     wanted = arguments.Parser("reading.py", "")
     arguments.add_model(wanted)
     words = [options.model, "--instruction", QUESTION, "--max_new_tokens", str(options.tokens)]
+    words += ["--cuda_graphs", options.cuda_graphs]
     read = reader.load(wanted.parse_args(words))
 
     def run(some, batch_size):

@@ -66,3 +66,4 @@ def add_model(parser, limit=512, batches=True):
         batch = "images to read at once (default: 64 on a GPU, 16 without; halved where the memory does not hold them)"
         parser.add_argument("--batch_size", type=positive, metavar="N", help=batch)
     add_flag(parser, "--load_in_4bit", "weights in 4 bits (default: as in training, else as they are stored)", None)
+    add_flag(parser, "--cuda_graphs", "on a GPU, launch all of a token's work at once (default: true)", True)

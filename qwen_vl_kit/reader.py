@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
-from transformers.generation import LogitsProcessor, StoppingCriteria
+from transformers.generation import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from qwen_vl_kit import environment, hub, loading, pictures
+from qwen_vl_kit import environment, graph_reading, hub, loading, pictures
+from qwen_vl_kit.graph_reading import Probabilities
 from qwen_vl_kit.memory import if_it_fits, is_shortage
 from qwen_vl_kit.sentences import told
 
@@ -38,17 +39,6 @@ class Piece(NamedTuple):
     text: str  # what it adds to the text; empty where a letter takes several tokens, and of the token that ends it
     probability: float
     ends: bool  # whether it ends the reading
-
-
-class Probabilities(LogitsProcessor):
-    """Changes nothing, and keeps log-probabilities of the likeliest tokens, those that greedy decoding takes."""
-
-    def __init__(self):
-        self.steps = []  # a tensor (rows) for each token
-
-    def __call__(self, input_ids, scores):
-        self.steps.append(scores.amax(dim=-1) - scores.logsumexp(dim=-1))
-        return scores
 
 
 class Stop(StoppingCriteria):
@@ -187,10 +177,10 @@ class Reader:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def open_model(name, instruction=None, max_new_tokens=512, batch_size=None, load_in_4bit=None):
+def open_model(name, instruction=None, max_new_tokens=512, batch_size=None, load_in_4bit=None, cuda_graphs=True):
     """A `Reader` for programs, of a run's folder, an adapter, a model, or a name on the hub; options as of `read`."""
-    named = {"model": name, "instruction": instruction, "max_new_tokens": max_new_tokens}
-    return load(Namespace(**named, batch_size=batch_size, load_in_4bit=load_in_4bit))
+    named = {"model": name, "instruction": instruction, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    return load(Namespace(**named, load_in_4bit=load_in_4bit, cuda_graphs=cuda_graphs))
 
 
 def load(arguments, source=None):
@@ -217,6 +207,8 @@ def load(arguments, source=None):
         sys.exit(f"There is not enough GPU memory for {source.name}: close other programs on the GPU.")
     if not torch.cuda.is_available() and model.num_parameters() > 1e9:
         print("Without a GPU, a model of this size takes minutes for an image.", file=sys.stderr)
+    if torch.cuda.is_available() and getattr(arguments, "cuda_graphs", True):
+        graph_reading.install(model)
     instruction = instruction_for(source, arguments.instruction)
     batch_size = getattr(arguments, "batch_size", None)
     return Reader(source, model, processor, instruction, arguments.max_new_tokens, batch_size)
