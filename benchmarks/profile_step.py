@@ -23,15 +23,18 @@ from runs import ROOT, SCRIPT, ended, recipe, watched
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # what the trace calls it
 LAUNCH = re.compile(r"cudaLaunch(Cooperative)?Kernel|cuLaunch(Cooperative)?Kernel")
-INNER = re.compile(r"\w+(?:Functor|_kernel_cuda|_kernel_impl|Ops?)\b")
+FOR_ANYTHING = re.compile("elementwise|multi_tensor|reduce|Kernel2")  # what such a kernel computes is in its types:
+COMPUTED = re.compile(
+    r"\b(?!gpu_|\w*(?:Unary|Binary)Functor)(?:\w*Functor\w*|\w+_(?:kernel|cuda)\w*|launch_\w+|\w+Ops|cutlass_\w+)"
+)
 
 
 def short_name(kernel):
     """A kernel's name without types, with what it computes if it is one of PyTorch's kernels for anything."""
     plain = re.sub(r"\((?:anonymous namespace|lambda[^)]*)\)", "", kernel.removeprefix("void ").split(" [clone")[0])
-    outer = re.split(r"[<(]", plain, maxsplit=1)[0].rpartition("::")[2].strip()
-    inner = [name for name in INNER.findall(plain[len(outer) :]) if name != outer]
-    return f"{outer} {inner[0]}" if inner else outer
+    named, _, types = plain.replace("(", "<", 1).partition("<")
+    outer, computed = named.rpartition("::")[2].strip(), COMPUTED.search(types)
+    return f"{outer} {computed[0]}" if computed and FOR_ANYTHING.search(outer) else outer
 
 
 def busy(events):
