@@ -2,15 +2,18 @@
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "finetune_qwen_vl.py"
+WATCH = Path(__file__).resolve().parent / "watch"
 
 
 def recipe(options):
@@ -33,6 +36,29 @@ def lines_of(command, folder=ROOT):
             yield time.perf_counter() - started, line.rstrip()
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
+
+
+def watched(clock, **more):
+    """The environment in which trainings note in the file `clock` what `watch/sitecustomize.py` sees of them."""
+    paths = [str(WATCH), os.environ.get("PYTHONPATH")]
+    ours = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1", "WATCH_CLOCK": clock}
+    return os.environ | {name: str(value) for name, value in (ours | more).items()}
+
+
+def ended(command, log, environment, limit=None, folder=ROOT):
+    """Runs a command, its output in the file `log`, for `limit` seconds at most. Returns how it ended, in words."""
+    with open(log, "w", encoding="utf-8") as output:
+        how = {"cwd": folder, "env": environment, "stdout": output, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen([*map(str, command)], **how, start_new_session=True)
+        try:
+            code = process.wait(limit)
+            return f"exit code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            return f"ended after {limit:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):  # what it has started belongs to the same session
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def timings(lines, batch):

@@ -1,6 +1,7 @@
 """Running out of memory, and the benchmark."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -87,3 +88,37 @@ def test_the_benchmark_of_models_runs_on_a_cpu(tmp_path):
     result = json.loads((tmp_path / "models.json").read_text())["Qwen3-VL-4B"]
     assert len(result["losses"]) == 3 and result["layout"] == [8, 1, False]
     assert "| Qwen3-VL-4B | 0.00 billion | 8 x 1, kept |" in (tmp_path / "models.md").read_text()
+
+
+def test_the_benchmark_of_peers_runs_the_script_on_a_cpu_and_leaves_out_who_is_not_installed(tmp_path):
+    command = [sys.executable, "benchmarks/peers.py", "--steps", "3", "--output", tmp_path, "--lora_r", "8"]
+    command += ["--runs", "ours", "swift-tuned", "--swift", sys.executable, tmp_path]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    runs = json.loads((tmp_path / "peers.json").read_text())["runs"]
+    assert len(runs["ours"]["losses"]) == 3 and len(runs["ours"]["steps_s"]) == 2
+    assert runs["ours"]["layout"] == [8, 1, False] and "failed" not in runs["ours"]
+    assert runs["swift-tuned"] == {"failed": "not installed, left out"}
+    table = (tmp_path / "peers.md").read_text()
+    assert "ms-swift, tuned by hand: not installed, left out." in table and table in ended.stdout
+
+
+def test_the_profile_of_a_step_runs_on_a_cpu_and_counts_what_a_trace_holds(tmp_path):
+    command = [sys.executable, "benchmarks/profile_step.py", "--batches", "8", "--warmup", "3", "--steps", "1"]
+    ended = subprocess.run([*command, "--output", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    run = json.loads((tmp_path / "profile.json").read_text())["batches"]["8"]
+    assert run["step_s"] > 0 and run["kernels"] == run["gpu_busy_s"] == 0
+    assert "| 8 | 8 x 1, kept |" in (tmp_path / "profile.md").read_text() and "no GPU kernels" in ended.stdout
+
+    add = "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>, x>(int, x)"
+    spans = [("kernel", add, 0, 40), ("kernel", "gemm", 20, 40), ("gpu_memcpy", "Memcpy HtoD", 100, 20)]
+    spans += [("cuda_runtime", name, 0, 5) for name in ("cudaLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync")]
+    events = [{"ph": "X", "cat": kind, "name": name, "ts": ts, "dur": dur} for kind, name, ts, dur in spans]
+    (tmp_path / "trace").write_text(json.dumps({"traceEvents": events}))
+    code = "import json, profile_step; print(json.dumps(profile_step.count('trace', 2)))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    numbers, kernels = json.loads(ended.stdout)
+    assert numbers == {"gpu_busy_s": 4e-5, "kernels": 1, "copies": 0.5, "launches": 0.5, "graph_launches": 0.5}
+    assert kernels["vectorized_elementwise_kernel CUDAFunctor_add"] == [40, 1] and len(kernels) == 3
