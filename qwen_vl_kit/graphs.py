@@ -1,9 +1,10 @@
 """CUDA graphs of training: on a fast GPU, a step waits for thousands of launches; a graph is launched once.
 
-`training` has its trainer attach this to the model. The layers of text and the blocks of the image encoder are two
-stacks, each recorded once for every size of its input, forward and backward, and replayed from then on. Texts and
-images are padded to few sizes. What depends on the data in Python (positions, where images go in the text, the loss)
-stays outside. Before the first step, loss and gradients are compared with those of the model as it is.
+Wraps `load_model`, so that the model reads with graphs, too (`graph_reading`). `training` has its trainer attach those of
+training: the layers of text and the blocks of the image encoder are two stacks, each recorded once for every size of
+its input, forward and backward, and replayed from then on. Texts and images are padded to few sizes. What depends on
+the data in Python (positions, where images go in the text, the loss) stays outside. Before the first step, loss and
+gradients are compared with those of the model as it is.
 """
 
 import sys
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 
-from qwen_vl_kit import kernels
+from qwen_vl_kit import graph_reading, kernels, run
 from qwen_vl_kit.memory import TooLarge, free_memory, is_shortage
 from qwen_vl_kit.sentences import fail
 
@@ -51,6 +52,13 @@ def unusable(model, options):
     if not any(type(part).__name__ in STACKS for part in model.modules()):
         return f"{model.config.model_type} is not an architecture that they are made for"
     return None
+
+
+def load_model(step, options, *arguments, **more):
+    model = step(options, *arguments, **more)
+    if torch.cuda.is_available() and run.extra.cuda_graphs != "false":
+        graph_reading.install(model)
+    return model
 
 
 def wanted(model, options, choice):
@@ -353,16 +361,16 @@ def check(graphs, compute, batch, same):
     """
     parameters = [parameter for parameter in graphs.model.parameters() if parameter.requires_grad]
 
-    def run(inputs):
+    def gone_through(inputs):
         graphs.model.zero_grad(set_to_none=True)
         loss = compute(inputs)
         return loss, [parameter.grad.clone() for parameter in parameters]
 
-    expected = run(batch)
+    expected = gone_through(batch)
     free_memory()
     graphs.attach()
-    run(same)
-    found = difference(*run(batch), *expected)
+    gone_through(same)
+    found = difference(*gone_through(batch), *expected)
     if any(stack.too_large for stack in graphs.stacks):
         graphs.release()
         raise GraphsTooLarge("the graphs of the longest samples don't fit into memory")

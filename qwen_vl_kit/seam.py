@@ -20,7 +20,7 @@ STEPS = {
     "load_splits": ["rows", "hub", "parallel"],
     "choose_rows": ["rows"],
     "order_rows": ["rows", "training", "record"],
-    "load_model": ["models", "parallel", "memory", "hub", "export"],
+    "load_model": ["models", "graphs", "parallel", "memory", "hub", "export"],
     "measure": ["memory"],
     "read": ["reading", "parallel"],
     "make_trainer": ["training", "trackers"],
