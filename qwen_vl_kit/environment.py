@@ -9,6 +9,9 @@ import signal
 import sys
 import threading
 import warnings
+from functools import partial
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 from pathlib import Path
 
 SETTINGS = {
@@ -30,6 +33,25 @@ def quiet():
     warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator")
 
 
+class OnlySFT(MetaPathFinder):
+    """Has Unsloth patch the one trainer of TRL's that is used here: it rewrites 14, at every start, for 6 s and more."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "unsloth.models.rl":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            if hasattr(module, "_patch_trl_rl_trainers"):  # private (Unsloth 2026.10); named otherwise, all are patched
+                module.patch_trl_rl_trainers = partial(module._patch_trl_rl_trainers, "sft_trainer")
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
 def prepare():
     """Sets all this for the process that calls it, once, at its start."""
     for name, value in SETTINGS.items():
@@ -41,5 +63,7 @@ def prepare():
         sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"  # noqa: SIM115
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         sys.modules["unsloth"] = None  # it can't share a model out: importing it fails, and the script goes without
+    if "IPython" not in sys.modules:  # a notebook can have a use for the others
+        sys.meta_path.insert(0, OnlySFT())
     if "IPython" not in sys.modules and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save

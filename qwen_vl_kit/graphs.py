@@ -1,7 +1,7 @@
 """CUDA graphs of training: on a fast GPU, a step waits for thousands of launches; a graph is launched once.
 
-Wraps `load_model`, so that the model reads with graphs, too (`graph_reading`). `training` has its trainer attach those of
-training: the layers of text and the blocks of the image encoder are two stacks, each recorded once for every size of
+Wraps `load_model`, so that the model reads with graphs, too (`graph_reading`). `training` has its trainer attach those
+of training: the layers of text and the blocks of the image encoder are two stacks, each recorded once for every size of
 its input, forward and backward, and replayed from then on. Texts and images are padded to few sizes. What depends on
 the data in Python (positions, where images go in the text, the loss) stays outside. Before the first step, loss and
 gradients are compared with those of the model as it is.

@@ -5,12 +5,14 @@ argument is the step itself: it calls that before, after, between or in place of
 libraries, so they are imported when the first step is called, by then after Unsloth, which patches those libraries.
 """
 
+import gc
 from functools import cache, partial, wraps
 from importlib import import_module
 
 from qwen_vl_kit import environment
 
 environment.prepare()
+gc.disable()  # until all is imported: looking through a million objects that stay takes 2 s
 
 # Each step, and the rooms that wrap it, the innermost first.
 STEPS = {
@@ -31,7 +33,10 @@ STEPS = {
 @cache
 def rooms():
     """All rooms of STEPS, {name: module}: what one of them lacks is noticed at the first step, not after training."""
-    return {name: import_module(f"qwen_vl_kit.{name}") for names in STEPS.values() for name in names}
+    found = {name: import_module(f"qwen_vl_kit.{name}") for names in STEPS.values() for name in names}
+    gc.enable()
+    gc.freeze()
+    return found
 
 
 def step(function):
