@@ -34,7 +34,7 @@ def quiet():
 
 
 class OnlySFT(MetaPathFinder):
-    """Has Unsloth patch the one trainer of TRL's that is used here: it rewrites 14, at every start, for 6 s and more."""
+    """Has Unsloth patch the one trainer of TRL's that is used here: it would rewrite 14, at every start, for 6 s."""
 
     def find_spec(self, name, path=None, target=None):
         if name != "unsloth.models.rl":

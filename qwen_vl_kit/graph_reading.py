@@ -42,8 +42,9 @@ CHECK_EVERY = 8  # tokens from one look at which rows have ended to the next: to
 WORTH = 32  # tokens still to come, for which it pays to record a step of fewer rows
 ROOM = 128  # tokens that the cache has room for at first: the empty part costs memory, and time in every step
 COMPARED = 3  # steps of the check
-# How far logits may be from those without a graph, as a share of their spread: other kernels round otherwise.
-ROUNDING = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.05}
+# How far logits may be from those without a graph, as a share of their spread: other kernels round otherwise. In bf16,
+# a 7B of random weights was 5% off; a wrong mask or position puts them off by more than their spread.
+ROUNDING = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.15}
 
 
 class Unfit(Exception):

@@ -24,6 +24,7 @@ from qwen_vl_kit.sentences import fail
 # Lengths are rounded up to a multiple of the first number, above the second of the last.
 TOKENS, PATCHES = (64, 512, 128), (64, 512, 256)
 MOST = 24  # sizes that a stack keeps recorded
+NOTHING_RANDOM = {"preserve_rng_state": False}  # asking for that state would end a recording
 FEWEST_STEPS = 10  # in shorter runs, recording takes longer than it saves
 # How far loss and gradients may be from those of the model as it is, as a share. Rounding to bf16 alone makes 0.5% and
 # 2%; a mask or a position that is wrong makes far more.
@@ -116,15 +117,68 @@ class Vision(nn.Module):
         return hidden + block.mlp(block.norm2(hidden))
 
 
+class Weights:
+    """The trainable weights of a stack: their gradients, and copies to compute with, in `dtype`.
+
+    Autocast would make and drop a copy of each, by a launch of its own, wherever one is used.
+    """
+
+    def __init__(self, stack, dtype):
+        self.owners = [
+            (module, name, parameter)
+            for module in stack.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.requires_grad
+        ]
+        self.all = [parameter for _, _, parameter in self.owners]
+        self.gradients = [torch.zeros_like(parameter) for parameter in self.all]
+        self.copies = [nn.Parameter(parameter.detach().to(dtype)) for parameter in self.all]
+        self.found = [torch.empty_like(parameter) for parameter in self.all]  # gradients, as wide as the weights
+
+    def copy(self):
+        with torch.no_grad():
+            torch._foreach_copy_(self.copies, self.all)
+
+    @contextmanager
+    def swapped(self):
+        """Within it, the modules have the copies."""
+        for (module, name, _), copy in zip(self.owners, self.copies, strict=True):
+            module._parameters[name] = copy
+        try:
+            yield
+        finally:
+            for module, name, parameter in self.owners:
+                module._parameters[name] = parameter
+
+    def add(self, gradients):
+        """Adds gradients of the copies to those of the weights."""
+        torch._foreach_copy_(self.found, gradients)
+        torch._foreach_add_(self.gradients, self.found)
+
+    @contextmanager
+    def collected(self):
+        """Has what is added meanwhile end up in the weights' `.grad`, beside what is there."""
+        pairs = [*zip(self.all, self.gradients, strict=True)]
+        ours = all(parameter.grad is gradient for parameter, gradient in pairs)
+        if not ours:
+            torch._foreach_zero_(self.gradients)
+        yield
+        if not ours and all(parameter.grad is None for parameter in self.all):  # a step begins
+            for parameter, gradient in pairs:
+                parameter.grad = gradient
+        elif not ours:  # some micro-batches were not replayed
+            for parameter, gradient in pairs:
+                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+
+
 class Graph:
     """One stack for one size: what it computes forward and backward, on tensors that stay where they are.
 
     `record` turns a function into one that repeats on the GPU what it did; on a CPU, for tests, it is the function.
     """
 
-    def __init__(self, stack, inputs, recompute, gradients, record):
-        self.stack, self.recompute, self.gradients = stack, recompute, gradients
-        self.parameters = [parameter for parameter in stack.parameters() if parameter.requires_grad]
+    def __init__(self, stack, inputs, recompute, weights, record):
+        self.stack, self.recompute, self.weights = stack, recompute, weights
         self.inputs = [tensor.detach().clone() for tensor in inputs]
         self.inputs[0].requires_grad_(inputs[0].requires_grad)
         self.output = self.input_gradient = None
@@ -134,21 +188,24 @@ class Graph:
 
     def forward(self):
         hidden, *others = self.inputs
+        self.weights.copy()
         for layer in self.stack.layers:
-            if self.recompute:  # nothing random is in it, and asking for that state would end the recording
-                how = {"use_reentrant": False, "preserve_rng_state": False}
-                hidden = checkpoint(self.stack.layer, layer, hidden, *others, **how)
+            if self.recompute:
+                hidden = checkpoint(self.layer, layer, hidden, *others, use_reentrant=False, **NOTHING_RANDOM)
             else:
-                hidden = self.stack.layer(layer, hidden, *others)
+                hidden = self.layer(layer, hidden, *others)
         self.output = hidden
 
+    def layer(self, *inputs):
+        with self.weights.swapped():
+            return self.stack.layer(*inputs)
+
     def backward(self):
-        """Adds the gradients of the parameters to `gradients`."""
         first = self.inputs[:1] if self.inputs[0].requires_grad else []
-        found = torch.autograd.grad(self.output, first + self.parameters, self.output_gradient)
+        found = torch.autograd.grad(self.output, first + self.weights.copies, self.output_gradient)
         self.input_gradient = found[0] if first else None
         self.output = self.output.detach()
-        torch._foreach_add_(self.gradients, [*found[len(first) :]])
+        self.weights.add([*found[len(first) :]])
 
 
 class Replay(torch.autograd.Function):
@@ -166,26 +223,9 @@ class Replay(torch.autograd.Function):
     def backward(context, gradient):
         graph = context.graph
         graph.output_gradient.copy_(gradient)
-        with into(graph.parameters, graph.gradients):
+        with graph.weights.collected():
             graph.replay_backward()
         return None, graph.input_gradient, None, None
-
-
-@contextmanager
-def into(parameters, gradients):
-    """Has what is added to `gradients` meanwhile end up in the parameters' `.grad`, beside what is there."""
-    ours = all(parameter.grad is gradient for parameter, gradient in zip(parameters, gradients, strict=True))
-    if not ours:
-        torch._foreach_zero_(gradients)
-    yield
-    if ours:
-        return
-    if all(parameter.grad is None for parameter in parameters):  # a step begins
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        return
-    for parameter, gradient in zip(parameters, gradients, strict=True):  # some micro-batches were not replayed
-        parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 class Recorder:
@@ -207,14 +247,11 @@ class Recorder:
 class Stack:
     """A stack and its graphs: {size: graph}. `sizes` counts how often each size was met."""
 
-    def __init__(self, stack, recompute, record):
-        self.stack, self.recompute, self.record = stack, recompute, record
+    def __init__(self, stack, recompute, dtype, record):
+        self.stack, self.recompute, self.record, self.weights = stack, recompute, record, Weights(stack, dtype)
         self.graphs, self.sizes, self.too_large = {}, {}, set()
-        parameters = [parameter for parameter in stack.parameters() if parameter.requires_grad]
-        self.gradients = [torch.zeros_like(parameter) for parameter in parameters]
-        self.pointers = [parameter.data_ptr() for parameter in parameters]
-        first = next(stack.parameters())
-        self.anchor = torch.zeros((), device=first.device, requires_grad=True)
+        self.pointers = [parameter.data_ptr() for parameter in self.weights.all]
+        self.anchor = torch.zeros((), device=next(stack.parameters()).device, requires_grad=True)
 
     def __call__(self, *inputs):
         """What the layers make of `inputs`, or None if they have to be called as they are."""
@@ -234,7 +271,7 @@ class Stack:
         if len(self.graphs) == MOST:
             del self.graphs[min(self.graphs, key=self.sizes.get)]
         try:
-            self.graphs[size] = Graph(self.stack, inputs, self.recompute, self.gradients, self.record)
+            self.graphs[size] = Graph(self.stack, inputs, self.recompute, self.weights, self.record)
         except RuntimeError as error:
             if not (is_shortage(error) or (error.__context__ and is_shortage(error.__context__))):
                 raise
@@ -244,8 +281,7 @@ class Stack:
 
     def moved(self):
         """Whether weights lie elsewhere than they did when graphs were recorded."""
-        parameters = (parameter for parameter in self.stack.parameters() if parameter.requires_grad)
-        return self.pointers != [parameter.data_ptr() for parameter in parameters]
+        return self.pointers != [parameter.data_ptr() for parameter in self.weights.all]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,7 +346,7 @@ class Graphs:
     def attach(self):
         for part in [part for part in self.model.modules() if type(part).__name__ in STACKS]:
             stack, through = STACKS[type(part).__name__]
-            self.stacks.append(Stack(stack(part), self.recompute, self.recorder(self.dtype)))
+            self.stacks.append(Stack(stack(part), self.recompute, self.dtype, self.recorder(self.dtype)))
             self.replaced.append((part, vars(part).get("forward")))  # Unsloth's, if it has put one there
             part.forward = bound(through, part, self.stacks[-1], part.forward)
 

@@ -97,6 +97,23 @@ def test_padded_stacks_compute_what_the_model_does(model, recompute):
     assert len(used.stacks) == 2
 
 
+def test_weights_are_computed_with_in_16_bits(model):
+    """Copies of them, made anew in each replay; the gradients are those of the weights."""
+    batch = batch_of(range(4))
+    expected = compute(model)(batch), gradients_of(model)
+    used = graphs.Graphs(model, torch.bfloat16, False, recorder=Again)
+    used.attach()
+    for factor in (1.0, 1.5, 1.0):
+        for parameter in used.stacks[0].weights.all:
+            parameter.data.mul_(factor)
+        model.zero_grad()
+        apart = graphs.difference(compute(model)(batch), gradients_of(model), *expected)
+        assert 1e-6 < max(apart) < 0.02 if factor == 1.0 else max(apart) > 0.02, apart
+        for parameter in used.stacks[0].weights.all:
+            parameter.data.div_(factor)
+    assert all(parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in used.stacks[0].weights.all)
+
+
 def test_gradients_of_micro_batches_add_up(model):
     """Replayed and not, in any order, and none of an earlier step stays."""
     first, second, third = (batch_of(numbers) for numbers in (range(4), range(4, 8), range(8, 12)))
