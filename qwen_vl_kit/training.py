@@ -26,6 +26,7 @@ from trl import SFTTrainer
 
 from qwen_vl_kit import checkpoints, graphs, lock, record, run
 from qwen_vl_kit.checkpoints import WholeCheckpoints, bring_best, how_to_resume, make_room
+from qwen_vl_kit.feeding import feed
 from qwen_vl_kit.memory import TooLarge, is_shortage, must_fit
 from qwen_vl_kit.sentences import fail
 
@@ -259,6 +260,10 @@ class Trainer(WholeCheckpoints, SFTTrainer):
             print(f"\nStopped after step {self.state.global_step}. {how_to_resume(outputs)}")
             sys.exit(128 + stopper.asked)
         return result
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        return feed(loader) if torch.cuda.is_available() and not self.args.dataloader_num_workers else loader
 
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
