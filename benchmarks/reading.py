@@ -4,8 +4,8 @@ usage: python benchmarks/reading.py MODEL IMAGES [--by read|lines] [--tokens 128
 
 MODEL is what a run of finetune_qwen_vl.py has left, outputs/adapter or outputs/merged. IMAGES is a folder of PNG files,
 such as outputs/held_out; up to 64 of them are read, one by one the first 4. A model with random weights never ends a
-reading by itself: each is then as long as `--tokens` says. With `--by read`, tokens are counted, too, and CUDA graphs can
-be turned off.
+reading by itself: each is then as long as `--tokens` says. With `--by read`, tokens are counted, too, and CUDA graphs
+can be turned off.
 """
 
 import argparse
