@@ -43,7 +43,7 @@ def reads():
 @pytest.fixture(scope="module")
 def pictures():
     """The demo's held-out set."""
-    return load_dataset(str(ROOT / "demo/data"), split="test")["image"][:]
+    return load_dataset(str(ROOT / "demo/data"), split="test")["image"][:100]
 
 
 @pytest.fixture
@@ -119,13 +119,25 @@ def test_rows_that_have_ended_are_left_out(reads, pictures, monkeypatch, moves, 
 
 @pytest.mark.parametrize("how", [{}, {"repetition_penalty": 1.2}])
 def test_the_cache_grows_as_tokens_come(how, reads, pictures, monkeypatch, moves, request):
-    monkeypatch.setattr(reads.model.generation_config, "eos_token_id", None)
-    monkeypatch.setattr(graph_reading, "ROOM", 1)
-    usual = generated(reads, pictures[:2], max_new_tokens=100, **how)
+    with_ends(reads, monkeypatch, "}")
+    usual = generated(reads, pictures[:6], **how)
     generator = request.getfixturevalue("generator")
-    assert torch.equal(generated(reads, pictures[:2], max_new_tokens=100, **how), usual) and not generator.why_not
-    assert len(moves) > 1 and {rows for rows, _ in moves} == {2}
-    assert usual.shape[1] - 1 <= moves[-1][1] < usual.shape[1] + 64
+    monkeypatch.setattr(graph_reading, "room", lambda used, *_: used + 4)
+    assert torch.equal(generated(reads, pictures[:6], **how), usual) and not generator.why_not
+    assert len(moves) > 1 and {rows for rows, _ in moves} == {6}
+
+
+def test_without_a_token_that_ends(reads, pictures, monkeypatch, request):
+    monkeypatch.setattr(reads.model.generation_config, "eos_token_id", None)
+    usual = generated(reads, pictures[:2], max_new_tokens=70)
+    generator = request.getfixturevalue("generator")
+    assert torch.equal(generated(reads, pictures[:2], max_new_tokens=70), usual) and not generator.why_not
+
+
+def test_how_long_a_cache_is():
+    """As long as the limit asks for, but little longer than needed, and twice as long each time."""
+    assert graph_reading.room(100, 1, 24) == 128 and graph_reading.room(100, 1, 128) == 256
+    assert graph_reading.room(100, 1, 4096) == 256 and graph_reading.room(256, 157, 4096) == 448
 
 
 def test_a_long_limit_does_not_take_a_long_cache(reads, pictures, monkeypatch, generator):
