@@ -78,11 +78,11 @@ def agree(new, usual, inputs):
 
 def install(model, dtype):
     """Has the parts of a model use the kernels. Returns a function that has them be as they were."""
-    changed = []
+    changed, device = [], next(model.parameters()).device
 
     def change(parts, kernel, width):
         """Gives `parts`, all of one class, a forward of `kernel`, if that does the same on random numbers."""
-        numbers = torch.randn(2, 16, width, device="cuda", dtype=dtype)
+        numbers = torch.randn(2, 16, width, device=device, dtype=dtype)
         if not agree(kernel(parts[0]), parts[0].forward, [numbers]):
             print(f"Without the kernel for {type(parts[0]).__name__}, which does not compute the same")
             return
@@ -90,7 +90,7 @@ def install(model, dtype):
             changed.append((part, vars(part).get("forward")))
             part.forward = kernel(part)
 
-    with torch.random.fork_rng(), torch.autocast("cuda", dtype=dtype):
+    with torch.random.fork_rng(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         for layer in [part for part in model.modules() if isinstance(part, LoraLayer)]:
             changed.append((layer, vars(layer).get("forward")))
             layer.forward = lora(layer)
@@ -99,7 +99,7 @@ def install(model, dtype):
         for parts in by_class(model, is_norm):
             change(parts, norm, len(parts[0].weight))
         modules = {type(part).__module__ for part in model.modules() if type(part).__name__ in ROTATED}
-        rotations = [module for module in map(sys.modules.get, modules) if rotates_alike(module, dtype)]
+        rotations = [module for module in map(sys.modules.get, modules) if rotates_alike(module, device, dtype)]
     model.zero_grad(set_to_none=True)
     usual = [module.apply_rotary_pos_emb for module in rotations]
     for module in rotations:
@@ -124,11 +124,11 @@ def by_class(model, belongs):
     return found.values()
 
 
-def rotates_alike(module, dtype):
+def rotates_alike(module, device, dtype):
     """Whether attention of this module rotates as the kernel does."""
-    angles = torch.randn(2, 8, 64, device="cuda").repeat(1, 1, 2)
+    angles = torch.randn(2, 8, 64, device=device).repeat(1, 1, 2)
     how = {"cos": angles.cos().to(dtype), "sin": angles.sin().to(dtype)}
-    inputs = [torch.randn(2, 8, heads, 128, device="cuda", dtype=dtype) for heads in (8, 4)]
+    inputs = [torch.randn(2, 8, heads, 128, device=device, dtype=dtype) for heads in (8, 4)]
 
     def through(function):
         return lambda query, key: function(query.transpose(1, 2), key.transpose(1, 2), **how)
