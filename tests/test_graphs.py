@@ -163,7 +163,7 @@ def test_the_rarest_sizes_are_dropped(model, monkeypatch):
     assert text.record.made == 3
 
 
-def test_a_size_that_does_not_fit_is_left_to_the_layers(model, monkeypatch):
+def test_a_size_that_does_not_fit_is_left_to_the_layers(model, monkeypatch, capsys):
     batch = batch_of(range(4))
     loss = compute(model)(batch)
     gradients = gradients_of(model)
@@ -175,12 +175,21 @@ def test_a_size_that_does_not_fit_is_left_to_the_layers(model, monkeypatch):
 
     monkeypatch.setattr(graphs, "Graph", out_of_memory)
     assert max(graphs.difference(compute(model)(batch), gradients_of(model), loss, gradients)) < 1e-6
-    assert all(stack.too_large and not stack.graphs for stack in used.stacks)
+    assert all(stack.left_out and not stack.graphs for stack in used.stacks)
     again = graphs.Graphs(model, torch.float32, False, recorder=Again)
     used.release()
     with pytest.raises(graphs.GraphsTooLarge) as raised:
         graphs.check(again, compute(model), batch, batch)
     assert isinstance(raised.value, TooLarge) and not again.stacks
+
+    def not_permitted(*arguments):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(graphs, "Graph", not_permitted)
+    assert graphs.check(again, compute(model), batch, batch) is None
+    said = capsys.readouterr().out
+    assert said.startswith("Without CUDA graphs: they can't be recorded here (CUDA error: operation not permitted when")
+    assert not again.stacks
 
 
 def test_graphs_that_compute_something_else_are_not_used(model, monkeypatch, capsys):
