@@ -429,21 +429,28 @@ def check(graphs, compute, batch, same):
         loss = compute(inputs)
         return loss, [parameter.grad.clone() for parameter in parameters]
 
-    expected, found = gone_through(batch), None
+    def tried(dequantized):
+        """How far they are apart; None if the graphs can't be recorded."""
+        graphs.dequantized = dequantized
+        try:
+            graphs.attach()
+            gone_through(same)
+            found = difference(*gone_through(batch), *expected)
+            return None if any(stack.left_out for stack in graphs.stacks) else found
+        except RuntimeError as error:
+            if not is_shortage(error):
+                raise
+
+    expected = gone_through(batch)
     free_memory()
-    try:
-        graphs.dequantized = room_to_dequantize(graphs.model)
-        graphs.attach()
-        gone_through(same)
-        found = difference(*gone_through(batch), *expected)
-    except RuntimeError as error:
-        if not is_shortage(error):
-            raise
-    failures = [stack.failure for stack in graphs.stacks if stack.failure]
-    if failures or not found or any(stack.left_out for stack in graphs.stacks):
+    for dequantized in [True] * room_to_dequantize(graphs.model) + [False]:
+        if found := tried(dequantized):
+            break
+        failures = [stack.failure for stack in graphs.stacks if stack.failure]
         graphs.release()
-        if not failures:
-            raise GraphsTooLarge("the graphs of the longest samples don't fit into memory")
+    if not found and not failures:
+        raise GraphsTooLarge("the graphs of the longest samples don't fit into memory")
+    if not found:
         print(f"Without CUDA graphs: they can't be recorded here ({failures[0]})")
         return None
     if all(share <= limit for share, limit in zip(found, TOLERANCE[graphs.dtype], strict=True)):  # NaN is not
