@@ -264,76 +264,6 @@ def fewer_launches(model, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Graphs:
-    """The graphs of one call, one after the other, and the memory that they share: with its end, that is free again."""
-
-    def __init__(self, generator):
-        self.generator, self.graph, self.pool = generator, None, None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.drop()
-        self.pool = None
-
-    def drop(self):
-        if self.graph:
-            self.graph.reset()
-        self.graph = None
-
-    def runner(self, call, step):
-        """A function that does as `call`, which uses only the tensors of a `Step` and such: on a GPU, as a graph.
-
-        Before one is recorded, a step of so many rows has run: libraries make ready what they can't while recording.
-        The graph of the runner before is gone.
-        """
-        self.drop()
-        if not step.token.is_cuda:
-            return call
-        generator, result = self.generator, None
-        key = (threading.get_ident(), len(step.token))
-
-        def run():
-            nonlocal result
-            if self.graph is None and key in generator.warm and not generator.why_not:
-                try:
-                    result = self.record(call)
-                except Exception as error:
-                    self.drop()
-                    if is_shortage(error) or is_shortage(error.__context__):  # the end of recording has its own error
-                        raise
-                    generator.give_up(error)
-            if self.graph is None:
-                result = call()
-                generator.warm.add(key)
-            else:
-                self.graph.replay()
-            return result
-
-        return run
-
-    def record(self, call):
-        """Records what `call` launches, and returns what it returns: tensors that hold something after a replay."""
-        free, total = torch.cuda.mem_get_info()
-        if free < total / 8:  # PyTorch can't release what it keeps while it records
-            torch.cuda.empty_cache()
-        generator = self.generator
-        generator.stream = generator.stream or torch.cuda.Stream()  # of PyTorch's own, it can't be recorded
-        self.pool = self.pool or torch.cuda.MemPool()
-        self.graph = torch.cuda.CUDAGraph()
-        generator.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(generator.stream):
-            # Other threads, such as those of the page, may do meanwhile what this one may not.
-            self.graph.capture_begin(pool=self.pool.id, capture_error_mode="thread_local")
-            try:
-                result = call()
-            finally:
-                self.graph.capture_end()
-        torch.cuda.current_stream().wait_stream(generator.stream)
-        return result
-
-
 class Tokens:
     """The tokens of all rows, and which of the rows that are still computed have ended."""
 
@@ -358,69 +288,6 @@ class Tokens:
         """How many of the first `count` tokens there are until all rows have ended."""
         ended = (self.written[:, :count, None] == self.ends).any(dim=2).cummax(dim=1).values
         return min(count, 1 + int((~ended).sum(dim=1).max()))
-
-
-def greedily(prompt, graphs, input_ids, logits_processor, stopping_criteria, generation_config, **_):
-    """The likeliest token each, taken within the graph. Rows that have ended are left out before long."""
-    given, limit = input_ids.shape[1], generation_config.max_length - input_ids.shape[1]
-    ends = [criterion.eos_token_id for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
-    ends = torch.cat(ends or [input_ids.new_zeros(0)]).to(input_ids.device)
-    pad = generation_config._pad_token_tensor if len(ends) else input_ids.new_zeros(())  # else it is of no use
-    tokens = Tokens(len(input_ids), limit, ends, pad, bool(logits_processor))
-    token, count, step = tokens.take(prompt.logits), 1, None
-    while count < limit:
-        few = False
-        if count % CHECK_EVERY == 1:
-            left = (~tokens.ended).nonzero()[:, 0]
-            if not len(left):
-                break
-            few = step and len(left) <= len(step.token) / 2 and limit - count >= WORTH
-        used = given + count - 1
-        if step is None:
-            step, run = prompt.step(token, room(used, count, limit), emptied(prompt.cache)), None
-        elif few or used == step.length:
-            rows = left if few else slice(None)
-            step, run = step.moved(used, room(used, count, limit), rows), None
-            tokens.rows, tokens.ended = tokens.rows[rows], tokens.ended[rows]
-        run = run or graphs.runner(lambda step=step: step.token.copy_(tokens.take(step.logits())[:, None]), step)
-        run()
-        count += 1
-    count = tokens.until_all_ended(count)
-    for processor in logits_processor:
-        processor.steps += tokens.logs[:, :count].unbind(dim=1)
-    return torch.cat([input_ids, tokens.written[:, :count]], dim=1)
-
-
-def one_by_one(prompt, graphs, input_ids, logits_processor, stopping_criteria, generation_config, streamer):
-    """Tokens that processors and chance lead to, streamed: the graph ends with the logits, all else is as usual."""
-    tokens, logits, limit = input_ids, prompt.logits, generation_config.max_length - input_ids.shape[1]
-    going, step = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device), None
-    fills = any(isinstance(criterion, EosTokenCriteria) for criterion in stopping_criteria)
-    while True:
-        scores = logits_processor(tokens, logits.clone())
-        if generation_config.do_sample:
-            new = torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
-        else:
-            new = scores.argmax(dim=-1)
-        if fills:
-            new = torch.where(going, new, generation_config._pad_token_tensor)
-        used, tokens = tokens.shape[1], torch.cat([tokens, new[:, None]], dim=1)
-        going &= ~stopping_criteria(tokens, None)
-        if streamer:
-            streamer.put(new.cpu())
-        if not going.any():
-            break
-        length = room(used, used + 1 - input_ids.shape[1], limit)
-        if step is None:
-            step, run = prompt.step(new, length, emptied(prompt.cache)), None
-        elif used == step.length:
-            step, run = step.moved(used, length, slice(None)), None
-        run = run or graphs.runner(step.logits, step)
-        step.token.copy_(new[:, None])
-        logits = run()
-    if streamer:
-        streamer.end()
-    return tokens
 
 
 class Generator:
@@ -450,8 +317,8 @@ class Generator:
             return model._sample(input_ids, **how, synced_gpus=False, **inputs)
         simple = {*map(type, stopping_criteria)} <= {MaxLengthCriteria, EosTokenCriteria} and streamer is None
         simple &= {*map(type, logits_processor)} <= {Probabilities} and not generation_config.do_sample
-        with fewer_launches(model, prompt.dtype), Graphs(self) as graphs:
-            return (greedily if simple else one_by_one)(prompt, graphs, input_ids, **how)
+        with fewer_launches(model, prompt.dtype):
+            return (self.greedily if simple else self.one_by_one)(prompt, input_ids, **how)
 
     def compare(self, prompt, input_ids, inputs):
         """Compares the logits of the next tokens of two rows with those of the model as it is. Raises `Unfit`."""
@@ -471,9 +338,8 @@ class Generator:
             expected.append(outputs.logits[:, -1].float())
             token = expected[-1].argmax(dim=-1)
         step = prompt.step(first, room(input_ids.shape[1], 0, COMPARED), layers, some)
-        differences = []
-        with fewer_launches(model, prompt.dtype), Graphs(self) as graphs:
-            run = graphs.runner(step.logits, step)
+        run, differences = self.runner(step.logits, step), []
+        with fewer_launches(model, prompt.dtype):
             for logits in expected:
                 differences.append((run() - logits).square().mean(dim=-1).sqrt() / logits.std(dim=-1))
                 step.token.copy_(logits.argmax(dim=-1, keepdim=True))
@@ -485,3 +351,115 @@ class Generator:
     def give_up(self, error):
         self.why_not = str(error) if isinstance(error, Unfit) else f"{type(error).__name__}: {first_line(error)}"
         print(f"Generating without CUDA graphs: {self.why_not}", file=sys.stderr)
+
+    def runner(self, call, step):
+        """A function that does as `call`, which uses only tensors that stay where they are: on a GPU, as a graph.
+
+        Before one is recorded, a step of so many rows has run: libraries make ready what they can't while recording.
+        """
+        if not step.token.is_cuda:
+            return call
+        self.stream = self.stream or torch.cuda.Stream()
+        graph = result = None  # each has memory of its own: with a pool for all of a call, PyTorch 2.11 failed
+        key = (threading.get_ident(), len(step.token))
+
+        def run():
+            nonlocal graph, result
+            if graph is None and key in self.warm and not self.why_not:
+                try:
+                    graph, result = self.record(call)
+                except Exception as error:
+                    if is_shortage(error) or is_shortage(error.__context__):  # the end of recording has its own error
+                        raise
+                    self.give_up(error)
+            if graph is None:
+                with self.aside():
+                    result = call()
+                self.warm.add(key)
+            else:
+                graph.replay()
+            return result
+
+        return run
+
+    @contextmanager
+    def aside(self):
+        """Within it, launches go to a stream of our own: none is recorded from PyTorch's, and both need workspaces."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def record(self, call):
+        free, total = torch.cuda.mem_get_info()
+        if free < total / 8:  # PyTorch can't release what it keeps while it records
+            torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        with self.aside():
+            graph.capture_begin(capture_error_mode="thread_local")  # other threads, of the page, do as they like
+            try:
+                result = call()
+            finally:
+                graph.capture_end()
+        return graph, result
+
+    def greedily(self, prompt, input_ids, logits_processor, stopping_criteria, generation_config, **_):
+        """The likeliest token each, taken within the graph. Rows that have ended are left out before long."""
+        given, limit = input_ids.shape[1], generation_config.max_length - input_ids.shape[1]
+        ends = [criterion.eos_token_id for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
+        ends = torch.cat(ends or [input_ids.new_zeros(0)]).to(input_ids.device)
+        pad = generation_config._pad_token_tensor if len(ends) else input_ids.new_zeros(())  # else it is of no use
+        tokens = Tokens(len(input_ids), limit, ends, pad, bool(logits_processor))
+        token, count, step = tokens.take(prompt.logits), 1, None
+        while count < limit:
+            few = False
+            if count % CHECK_EVERY == 1:
+                left = (~tokens.ended).nonzero()[:, 0]
+                if not len(left):
+                    break
+                few = step and len(left) <= len(step.token) / 2 and limit - count >= WORTH
+            used = given + count - 1
+            if step is None:
+                step, run = prompt.step(token, room(used, count, limit), emptied(prompt.cache)), None
+            elif few or used == step.length:
+                rows = left if few else slice(None)
+                step, run = step.moved(used, room(used, count, limit), rows), None
+                tokens.rows, tokens.ended = tokens.rows[rows], tokens.ended[rows]
+            run = run or self.runner(lambda step=step: step.token.copy_(tokens.take(step.logits())[:, None]), step)
+            run()
+            count += 1
+        count = tokens.until_all_ended(count)
+        for processor in logits_processor:
+            processor.steps += tokens.logs[:, :count].unbind(dim=1)
+        return torch.cat([input_ids, tokens.written[:, :count]], dim=1)
+
+    def one_by_one(self, prompt, input_ids, logits_processor, stopping_criteria, generation_config, streamer):
+        """Tokens that processors and chance lead to, streamed: the graph ends with the logits, all else is as usual."""
+        tokens, logits, limit = input_ids, prompt.logits, generation_config.max_length - input_ids.shape[1]
+        going, step = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device), None
+        fills = any(isinstance(criterion, EosTokenCriteria) for criterion in stopping_criteria)
+        while True:
+            scores = logits_processor(tokens, logits.clone())
+            if generation_config.do_sample:
+                new = torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
+            else:
+                new = scores.argmax(dim=-1)
+            if fills:
+                new = torch.where(going, new, generation_config._pad_token_tensor)
+            used, tokens = tokens.shape[1], torch.cat([tokens, new[:, None]], dim=1)
+            going &= ~stopping_criteria(tokens, None)
+            if streamer:
+                streamer.put(new.cpu())
+            if not going.any():
+                break
+            length = room(used, used + 1 - input_ids.shape[1], limit)
+            if step is None:
+                step, run = prompt.step(new, length, emptied(prompt.cache)), None
+            elif used == step.length:
+                step, run = step.moved(used, length, slice(None)), None
+            run = run or self.runner(step.logits, step)
+            step.token.copy_(new[:, None])
+            logits = run()
+        if streamer:
+            streamer.end()
+        return tokens

@@ -29,6 +29,7 @@ TOKENS, PATCHES = (64, 512, 128), (64, 512, 256)
 MOST = 24  # sizes that a stack keeps recorded
 NOTHING_RANDOM = {"preserve_rng_state": False}  # asking for that state would end a recording
 FEWEST_STEPS = 10  # in shorter runs, recording takes longer than it saves
+LEAST_MEMORY = 32e9  # of the GPU: smaller ones, which are slower as well, have not been tried
 # How far loss and gradients may be from those of the model as it is, as a share. Rounding alone makes 0.01% and 5% in
 # bf16 (7B, random weights, H200); a mask or a position that is wrong makes far more.
 TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.01, 0.1), torch.float16: (0.01, 0.1)}
@@ -72,7 +73,9 @@ def wanted(model, options, choice):
         fail(f"--cuda_graphs true can't be done: {why}. Leave it out.")
     if why and choice == "auto" and torch.cuda.is_available():
         print(f"Without CUDA graphs: {why}")
-    return not why and (choice == "true" or (choice == "auto" and options.max_steps >= FEWEST_STEPS))
+    if why or choice != "auto":
+        return choice == "true"
+    return options.max_steps >= FEWEST_STEPS and torch.cuda.mem_get_info()[1] > LEAST_MEMORY
 
 
 # ---------------------------------------------------------------------------------------------------------------------

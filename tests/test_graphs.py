@@ -228,15 +228,19 @@ def test_who_can_use_them(model, monkeypatch):
     options = SimpleNamespace(world_size=1, lora_dropout=0.0, max_steps=30)
     assert graphs.unusable(model, options) == "they need an NVIDIA GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 40e9))
     assert graphs.unusable(model, options) is None
     assert graphs.wanted(model, options, "auto") and not graphs.wanted(model, options, "false")
     few = SimpleNamespace(**{**vars(options), "max_steps": 5})
     assert not graphs.wanted(model, few, "auto") and graphs.wanted(model, few, "true")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (16e9, 16e9))
+    assert not graphs.wanted(model, options, "auto") and graphs.wanted(model, options, "true")
     for changed, why in (({"world_size": 2}, "processes"), ({"lora_dropout": 0.1}, "dropout")):
         other = SimpleNamespace(**{**vars(options), **changed})
         assert why in graphs.unusable(model, other)
         with pytest.raises(SystemExit, match="--cuda_graphs true can't be done"):
             graphs.wanted(model, other, "true")
+        assert not graphs.wanted(model, other, "auto") and not graphs.wanted(model, other, "false")
 
 
 def test_lengths_are_rounded_to_few():
