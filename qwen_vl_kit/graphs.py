@@ -386,6 +386,8 @@ class Graphs:
             del part.forward
             if forward:
                 part.forward = forward
+        if torch.cuda.is_available():  # a graph's memory may only go when it has run
+            torch.cuda.synchronize()
         self.stacks, self.replaced = [], []
         free_memory()
 
