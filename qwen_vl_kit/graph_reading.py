@@ -396,6 +396,7 @@ class Generator:
     def record(self, call):
         free, total = torch.cuda.mem_get_info()
         if free < total / 8:  # PyTorch can't release what it keeps while it records
+            torch.cuda.synchronize()
             torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with self.aside():
