@@ -124,7 +124,7 @@ def test_the_kit_changes_nothing_but_speed_safety_and_scale(alone, tmp_path):
     # Each says one line that is its own: that nothing is checked, and how many of the rows are looked at.
     (first, printed), (of_kit, with_kit) = (text.split("\n", 1) for text in (printed, with_kit))
     assert "runs alone" in first and of_kit == "18 steps of 4 need 72 of 7,000 rows to train on"
-    adapted = "Adapters on 8 vision attention, 8 vision MLP, 16 language attention, 12 language MLP layers\n"
+    adapted = "Adapters on 12 vision attention, 12 vision MLP, 16 language attention, 12 language MLP layers\n"
     assert adapted in with_kit and printed == with_kit.replace(adapted, "").replace("/kit/", "/alone/")
 
 

@@ -172,18 +172,18 @@ def waves(rng, shape, between, height):
 def photograph_blackboard(latex, rng):
     """The demo's domain, a photo of a blackboard: uint8 (height, width, 3), chalk on green, by an unsteady hand."""
     noise = np.random.default_rng(rng.getrandbits(32))
-    ink = on_grid(coverage(latex, rng.uniform(15, 18), "dejavusans"), rng, jitter=4, margin=3)
+    ink = on_grid(coverage(latex, rng.uniform(17, 19), "dejavusans"), rng, jitter=4, margin=3)
     height, width = ink.shape
     # The letters lean, the line climbs or falls, and no two letters are quite alike.
-    slant, climb = rng.uniform(0.05, 0.25), math.tan(math.radians(rng.uniform(-2, 2)))
+    slant, climb = rng.uniform(0.05, 0.2), math.tan(math.radians(rng.uniform(-1, 1)))
     shear = (1, slant, -slant * height / 2, climb, 1, -climb * width / 2)
     image = Image.fromarray((ink * 255).astype(np.uint8)).transform(
         (width, height), Image.Transform.AFFINE, shear, Image.Resampling.BICUBIC
     )
     rows, columns = np.mgrid[:height, :width]
-    rows = np.clip(np.rint(rows + waves(rng, ink.shape, 10, 0.5)), 0, height - 1).astype(int)
-    columns = np.clip(np.rint(columns + waves(rng, ink.shape, 10, 0.5)), 0, width - 1).astype(int)
-    image = Image.fromarray(np.asarray(image)[rows, columns]).filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.5)))
+    rows = np.clip(np.rint(rows + waves(rng, ink.shape, 12, 0.25)), 0, height - 1).astype(int)
+    columns = np.clip(np.rint(columns + waves(rng, ink.shape, 12, 0.25)), 0, width - 1).astype(int)
+    image = Image.fromarray(np.asarray(image)[rows, columns]).filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 0.3)))
     # Chalk crumbles, and the board was wiped.
     ink = np.asarray(image, np.float32) / 255 * np.clip(noise.normal(0.9, 0.12, ink.shape), 0.4, 1)
     dark, light = rng.uniform(40, 70), rng.uniform(205, 240)
