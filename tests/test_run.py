@@ -27,10 +27,10 @@ def test_the_demo_learns(demo):
     folder, _ = demo
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["rows"] == metrics["settings"]["num_test_rows"]
-    assert metrics["after"]["cer"] < metrics["before"]["cer"] / 3
-    assert metrics["after"]["exact_match"] > metrics["before"]["exact_match"] + 0.4
+    assert metrics["after"]["cer"] < 0.08 < metrics["before"]["cer"] / 5
+    assert metrics["after"]["exact_match"] > metrics["before"]["exact_match"] + 0.8
     losses = [entry["loss"] for entry in metrics["train"]["log"] if "loss" in entry]
-    assert len(losses) == metrics["settings"]["max_steps"] == 440
+    assert len(losses) == metrics["settings"]["max_steps"] == 230
     assert sum(losses[-5:]) < sum(losses[:5])
     assert metrics["train"]["train_samples_per_second"] > 0
     assert {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"} <= set(metrics["versions"])
@@ -42,7 +42,7 @@ def test_the_demo_leaves_an_adapter_with_its_processor(demo):
     assert (config["r"], config["lora_alpha"], config["lora_dropout"], config["bias"]) == (16, 16, 0, "none")
     assert config["base_model_name_or_path"] == str(ROOT / "demo/model"), "found from anywhere"
     names = load_file(folder / "adapter" / "adapter_model.safetensors")
-    assert len(names) == 2 * (4 * 7 + 4 * 4)
+    assert len(names) == 2 * (4 * 7 + 6 * 4)
     for layer in ("visual.blocks.0.attn.qkv", "visual.blocks.0.mlp.fc1", "layers.0.self_attn.q_proj", "mlp.down_proj"):
         assert any(layer in name for name in names), layer
     assert all(".lora_" in name for name in names), "more than the adapters was trained"
@@ -124,7 +124,7 @@ def test_the_kit_changes_nothing_but_speed_safety_and_scale(alone, tmp_path):
     # Each says one line that is its own: that nothing is checked, and how many of the rows are looked at.
     (first, printed), (of_kit, with_kit) = (text.split("\n", 1) for text in (printed, with_kit))
     assert "runs alone" in first and of_kit == "18 steps of 4 need 72 of 7,000 rows to train on"
-    adapted = "Adapters on 8 vision attention, 8 vision MLP, 16 language attention, 12 language MLP layers\n"
+    adapted = "Adapters on 12 vision attention, 12 vision MLP, 16 language attention, 12 language MLP layers\n"
     assert adapted in with_kit and printed == with_kit.replace(adapted, "").replace("/kit/", "/alone/")
 
 
