@@ -3,7 +3,7 @@
 # Fine-tune a 4-bit vision-language model with LoRA adapters to turn the picture of a formula into LaTeX, and measure
 # the difference on pictures it never trained on. Read it top to bottom, run it top to bottom:
 # - on a GPU: `python finetune_qwen_vl.py`
-# - anywhere, in two minutes, without a network: `python finetune_qwen_vl.py --config demo/config.yaml`
+# - anywhere, in a few minutes, without a network: `python finetune_qwen_vl.py --config demo/config.yaml`
 #
 # A notebook installs these packages first (in a terminal, use `requirements.txt`). An installed torch stays as it is.
 

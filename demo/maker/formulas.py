@@ -39,7 +39,7 @@ SCHOOL = {
     "accents": words(r"\bar \vec"),
 }
 # What the blackboard of `demo/data` shows of it: no pairs that differ by a hair at this size (h, n and k, D and 0, \bar
-# and \vec, small \lambda and \Omega), so that two minutes of fine-tuning suffice to read them.
+# and \vec, small \lambda and \Omega), so that a few minutes of fine-tuning suffice to read them.
 BLACKBOARD = SCHOOL | {
     "latin": list("xxxyyabdmntABFGR"),
     "greek": words(r"\alpha \theta \mu \pi \phi \Delta"),
