@@ -10,6 +10,8 @@ from functools import partial
 import torch
 from peft.tuners.lora import LoraLayer
 
+from qwen_vl_kit.sentences import first_line
+
 ROUNDING = 0.03  # how far a result may be off, as a share: both round to 16 bits, at other places
 
 
@@ -62,18 +64,25 @@ def is_norm(part):
     return type(part).__name__.endswith("RMSNorm") and hasattr(part, "variance_epsilon")
 
 
-def agree(new, usual, inputs):
-    """Whether two functions give the same outputs and gradients, of `inputs`, which require them, but for rounding."""
+def difference(new, usual, inputs):
+    """Why a function can't take the place of another, or None: its outputs and gradients are the same but for rounding.
+
+    Both are given `inputs`, and the gradients are those of them.
+    """
     results = []
-    for function in (new, usual):
-        given = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-        outputs = function(*(tensor * 1 for tensor in given))  # a kernel can write into what it gets
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        torch.manual_seed(0)
-        torch.autograd.backward(outputs, [torch.randn_like(output) for output in outputs])
-        results.append([*outputs, *(tensor.grad for tensor in given)])
+    try:
+        for function in (new, usual):
+            given = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+            outputs = function(*(tensor * 1 for tensor in given))  # a kernel can write into what it gets
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            torch.manual_seed(0)
+            torch.autograd.backward(outputs, [torch.randn_like(output) for output in outputs])
+            results.append([*outputs, *(tensor.grad for tensor in given)])
+    except Exception as error:  # of compilers and drivers that it was not tried with, anything
+        return f"which fails here ({first_line(error)})"
     pairs = [(one.detach().float(), other.detach().float()) for one, other in zip(*results, strict=True)]
-    return all(float((one - other).norm() / other.norm()) < ROUNDING for one, other in pairs)
+    alike = all(float((one - other).norm() / other.norm()) < ROUNDING for one, other in pairs)
+    return None if alike else "which does not compute the same"
 
 
 def install(model, dtype):
@@ -83,8 +92,8 @@ def install(model, dtype):
     def change(parts, kernel, width):
         """Gives `parts`, all of one class, a forward of `kernel`, if that does the same on random numbers."""
         numbers = torch.randn(2, 16, width, device=device, dtype=dtype)
-        if not agree(kernel(parts[0]), parts[0].forward, [numbers]):
-            print(f"Without the kernel for {type(parts[0]).__name__}, which does not compute the same")
+        if why := difference(kernel(parts[0]), parts[0].forward, [numbers]):
+            print(f"Without the kernel for {type(parts[0]).__name__}, {why}")
             return
         for part in parts:
             changed.append((part, vars(part).get("forward")))
@@ -133,7 +142,10 @@ def rotates_alike(module, device, dtype):
     def through(function):
         return lambda query, key: function(query.transpose(1, 2), key.transpose(1, 2), **how)
 
-    return agree(through(rotate), through(module.apply_rotary_pos_emb), inputs)
+    why = difference(through(rotate), through(module.apply_rotary_pos_emb), inputs)
+    if why:
+        print(f"Without the kernel for rotations, {why}")
+    return not why
 
 
 ROTATED = ("Qwen2VLAttention", "Qwen2_5_VLAttention")  # their angles are (rows, tokens, size), the halves alike

@@ -105,20 +105,28 @@ def test_kernels_take_the_place_of_what_computes_the_same(model, unsloth):
     assert not any("forward" in vars(part) for part in model.modules())
 
 
-@pytest.mark.parametrize("wrong", ["norm", "mlp", "rotation"])
+def failing(*arguments, **options):
+    raise ValueError("ptxas fatal\nmore")
+
+
+@pytest.mark.parametrize("wrong", ["norm", "mlp", "rotation", "failing"])
 def test_a_kernel_that_computes_something_else_is_not_used(model, unsloth, capsys, wrong):
     expected = logits(model)
     if wrong == "norm":  # as Gemma's
         unsloth.norm = lambda part, x: usual_norm(part, x) / part.weight * (1 + part.weight)
     elif wrong == "mlp":  # right, with a gradient that is not
         unsloth.mlp = lambda part, x, inplace: usual_mlp(part, x.detach(), inplace) + 0 * x
+    elif wrong == "failing":
+        unsloth.norm = failing
     else:
         unsloth.rotation = type("Other", (), {"apply": staticmethod(lambda part, cos, sin: part * cos[:, None])})
     restore = kernels.install(model, torch.float32)
     unsloth.used.clear()
     assert torch.allclose(logits(model), expected, atol=1e-4)
-    assert unsloth.used == {"norm", "mlp", "rotation"} - {wrong}
-    assert ("Without the kernel for Qwen2" in capsys.readouterr().out) == (wrong != "rotation")
+    assert unsloth.used == {"norm", "mlp", "rotation"} - {"norm" if wrong == "failing" else wrong}
+    part = {"mlp": "Qwen2MLP", "rotation": "rotations"}.get(wrong, "Qwen2VLRMSNorm")
+    why = "fails here (ptxas fatal)" if wrong == "failing" else "does not compute the same"
+    assert capsys.readouterr().out.splitlines()[-1] == f"Without the kernel for {part}, which {why}"
     restore()
 
 
