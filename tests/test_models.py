@@ -19,6 +19,7 @@ from qwen_vl_kit.models import KINDS, has_areas, kind_of
 REFUSED = {
     "kimi_k25": "opens a thought",
     "minicpmv4_6": "images of several sizes",
+    "deepseek_ocr2": "PEFT does not find its adapters again",
     "got_ocr2": "can't be asked a question that shows an image",
 }
 # transformers 5.17 counts HunYuan's images through the batch: the third is read a little otherwise than alone.
