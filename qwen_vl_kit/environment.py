@@ -63,7 +63,8 @@ def prepare():
         sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"  # noqa: SIM115
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         sys.modules["unsloth"] = None  # it can't share a model out: importing it fails, and the script goes without
-    if "IPython" not in sys.modules:  # a notebook can have a use for the others
-        sys.meta_path.insert(0, OnlySFT())
-    if "IPython" not in sys.modules and threading.current_thread() is threading.main_thread():
+    if "IPython" in sys.modules:  # a notebook can have a use for other trainers, and catches Ctrl-C itself
+        return
+    sys.meta_path.insert(0, OnlySFT())
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save

@@ -18,7 +18,6 @@ from conftest import ROOT, SHORT, kit, run
 from hub import Hub
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from rapidfuzz.distance import Levenshtein
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
@@ -158,14 +157,15 @@ def test_the_lines_for_unsloth_go_into_these_ten(place, readings, tmp_path):
     assert sum(read[name] == text for name, text in readings.items()) >= 0.95 * len(readings)
 
 
-def test_the_model_card_s_lines_read_an_image(place, readings):
-    name, text = next(iter(readings.items()))
+def test_the_model_card_s_lines_read_an_image(place):
+    rows = map(json.loads, (place / "outputs" / "predictions.jsonl").read_text().splitlines())
+    # One that it is sure of: beside others in a batch, sums round otherwise, which can tip a doubtful sign.
+    name, text = next((Path(row["image"]).name, row["truth"]) for row in rows if row["after"]["text"] == row["truth"])
     (code,) = re.findall(r"```python\n(.*?)```", (place / "outputs/adapter/README.md").read_text(), re.S)
     code = code.replace("owner/name", "outputs/adapter").replace("formula.png", f"images/{name}")
     ended = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    read = ended.stdout.splitlines()[-1]  # the base is not in 4 bits here, as it was in the run
-    assert Levenshtein.distance(read, text) <= 2, (read, text)
+    assert ended.stdout.splitlines()[-1] == text
 
 
 @pytest.mark.parametrize("model", ["adapter", "merged"])
@@ -238,9 +238,8 @@ def test_a_merge_that_reads_otherwise_does_not_count(place, tmp_path):
 
 
 def test_adapters_that_change_no_reading_prove_nothing(tmp_path):
-    """Two steps that hardly change anything."""
-    options = ("--save_merged", "true", "--load_in_4bit", "false", "--learning_rate", "1e-8")
-    ended = run(*SHORT, "--output_dir", tmp_path, *options)
+    """Two small steps, on a base stored in 16 bits that the run itself rounds to 4."""
+    ended = run(*SHORT, "--output_dir", tmp_path, "--save_merged", "true", "--learning_rate", "1e-8")
     assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr[-3000:]
     assert "the base alone reads 6 of 6" in ended.stderr
     assert (tmp_path / "report.html").exists() and not [*tmp_path.glob("merged*")]
