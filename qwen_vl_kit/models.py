@@ -1,7 +1,7 @@
 """The quirks of backends and architectures.
 
-Wraps `load_processor` and `load_model`: loading is 7 s faster with Unsloth, and so is each step and each reading on a
-GPU. A model that would not learn where an answer begins or ends is refused.
+Wraps `load_processor` and `load_model`: loading is 7 s faster with Unsloth, and each step and each reading is faster. A
+model that would not learn where an answer begins or ends is refused.
 """
 
 import gc
@@ -12,7 +12,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 
-from qwen_vl_kit import kernels, run
+from qwen_vl_kit import attention, kernels, on_cpu, run
+from qwen_vl_kit.parallel import sharded
 from qwen_vl_kit.sentences import fail, first_line
 
 # Processors of models that fail in the middle, as of transformers 5.17, and why.
@@ -96,6 +97,9 @@ def load_model(step, options, dtype, *arguments, **more):
     vision = kinds["vision", "attention"] + kinds["vision", "MLP"]
     run.notes["adapted_layers"] = {"vision": vision, "language": len(adapted) - vision}
     print("Adapters on " + ", ".join(f"{kinds[kind] or 'no'} {kind[0]} {kind[1]}" for kind in KINDS) + " layers")
+    attention.install(model)
+    if model.device.type == "cpu" and not sharded:
+        on_cpu.install(model)
     if sys.modules.get("unsloth") and not options.lora_dropout:
         run.usual_kernels = kernels.install(model, dtype)
     return model

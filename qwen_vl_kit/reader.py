@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesCo
 from transformers.generation import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from qwen_vl_kit import environment, graph_reading, hub, loading, pictures
+from qwen_vl_kit import attention, environment, graph_reading, hub, loading, on_cpu, pictures
 from qwen_vl_kit.graph_reading import Probabilities
 from qwen_vl_kit.memory import if_it_fits, is_shortage
 from qwen_vl_kit.sentences import told
@@ -207,7 +207,10 @@ def load(arguments, source=None):
         sys.exit(f"There is not enough GPU memory for {source.name}: close other programs on the GPU.")
     if not torch.cuda.is_available() and model.num_parameters() > 1e9:
         print("Without a GPU, a model of this size takes minutes for an image.", file=sys.stderr)
-    if torch.cuda.is_available() and getattr(arguments, "cuda_graphs", True):
+    attention.install(model)
+    if not torch.cuda.is_available():
+        on_cpu.install(model)
+    elif getattr(arguments, "cuda_graphs", True):
         graph_reading.install(model)
     instruction = instruction_for(source, arguments.instruction)
     batch_size = getattr(arguments, "batch_size", None)
