@@ -25,9 +25,9 @@ from pathlib import Path
 
 import pyarrow.parquet
 from PIL import Image
+from runs import ROOT, SCRIPT
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-from benchmarks.runs import ROOT, SCRIPT  # noqa: E402
+sys.path.insert(0, str(ROOT))
 from qwen_vl_kit import latex  # noqa: E402
 
 SEED = 3407
@@ -108,14 +108,16 @@ def noted(outputs):
     train, seen = metrics["train"], {}
     for name in BOTH:
         seen[name] = {when: metrics[when].get(name) for when in ("before", "after")}
-    losses = [entry["loss"] for entry in train["log"] if "loss" in entry]
+    steps = [entry for entry in train["log"] if "loss" in entry]
+    losses = [entry["loss"] for entry in steps[-20:]]
     return seen | {
         "rows": metrics["rows"],
         "difference": {name: metrics["difference"].get(name) for name in BOTH},
         "train_s": train["train_runtime"],
         "samples_per_s": train["train_samples_per_second"],
         "samples": train["samples"],
-        "last_losses": sum(losses[-20:]) / len(losses[-20:]),
+        "tokens": steps[-1].get("num_tokens"),
+        "last_losses": sum(losses) / len(losses),
         "peak_memory_gb": train.get("peak_memory_gb"),
         "hardware": metrics["hardware"],
     }
