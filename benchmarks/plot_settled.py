@@ -1,11 +1,12 @@
 """Draws what settle.py found: python benchmarks/plot_settled.py settle.json docs/images
 
-Leaves images-and-batches.png and rank-and-rate.png. Each dot is one run, lines join their means. `--tables` prints the
-numbers as tables for the docs, and draws nothing.
+Leaves images-and-batches.png and rank-and-rate.png. Each dot is one run, lines join their means. With
+`--fill docs/rank-and-rate.md` the tables of that page get the numbers, too.
 """
 
 import argparse
 import json
+import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -39,20 +40,16 @@ class Results:
     def __init__(self, file):
         record = json.loads(Path(file).read_text(encoding="utf-8"))
         self.area, self.runs = record["printed_area"], defaultdict(list)
-        for run in record["results"]:
+        for run in sorted(record["results"], key=lambda run: (run["seed"] != 3407, run["seed"])):
             if run["finished"]:
                 self.runs[run["group"], run["name"]].append(run)
 
-    def series(self, named):
-        """[(x, runs)] of {x: (group, name)}, without those that did not end."""
-        return [(x, self.runs[key]) for x, key in named.items() if self.runs.get(key)]
-
     def panels(self):
-        """{what a panel is called: its series}."""
+        """{what a panel is called: [(x, runs), one for each setting]}; there are no runs where none ended."""
         hand, printed = ("base", "hand"), ("base", "printed")
         area = {self.area: printed} | {self.area * times: ("area", f"{times}") for times in (2, 3, 4)}
-        rates = {float(name): (group, name) for group, name in self.runs if group == "rate"}
-        printed_rates = {float(name): (group, name) for group, name in self.runs if group == "printed rate"}
+        rates = {rate: ("rate", f"{rate:g}") for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)} | {2e-3: hand}
+        printed_rates = {3e-4: ("printed rate", "0.0003"), 1e-3: printed, 3e-3: ("printed rate", "0.003")}
         ranks = {8: ("rank", "8"), 16: hand, 32: ("rank", "32"), 64: ("rank", "64")}
         spellings = {"as it is": printed, "compact": ("spelling", "compact"), "uniform": ("spelling", "uniform")}
         named = {
@@ -62,11 +59,11 @@ class Results:
             "batch": {8: ("batch", "8"), 16: ("batch", "16"), 32: hand, 64: ("batch", "64")},
             "rank": ranks,
             "alpha": {64: ("rank", "64, alpha 64")},
-            "rate": dict(sorted((rates | {2e-3: hand}).items())),
-            "printed rate": dict(sorted((printed_rates | {1e-3: printed}).items())),
+            "rate": rates,
+            "printed rate": printed_rates,
             "steps": {300: ("rank", "64, alpha 64"), 900: ("long", "long")},
         }
-        return {name: self.series(keys) for name, keys in named.items()}
+        return {name: [(x, self.runs.get(key, [])) for x, key in keys.items()] for name, keys in named.items()}
 
 
 def after(runs, score="cer"):
@@ -151,47 +148,73 @@ def rank_figure(plt, panels):
     return figure
 
 
-def tables(panels):
-    """Prints a table for each panel: one row for each setting, its runs in brackets."""
+def mean(runs, pick, form):
+    return form.format(statistics.mean(map(pick, runs))) if runs else "…"
 
-    def told(runs, pick, form):
-        values = [pick(run) for run in runs]
-        mean = form.format(statistics.mean(values))
-        return mean if len(values) == 1 else f"{mean} ({', '.join(form.format(value) for value in values)})"
 
-    for name, series in panels.items():
-        print(f"\n| {name} | CER | spelling aside | exact match | samples/s |\n|---|---|---|---|---|")
-        for x, runs in series:
-            cells = [
-                f"{x:,g}" if isinstance(x, int | float) else x,
-                told(runs, lambda run: run["cer"]["after"], "{:.3f}"),
-                told(runs, lambda run: run["normalized_cer"]["after"], "{:.3f}"),
-                told(runs, lambda run: 100 * run["exact_match"]["after"], "{:.1f}") + "%",
-                told(runs, lambda run: run["samples_per_s"], "{:.0f}"),
+def each(score):
+    """A function that tells the mean of some runs, and all of them in brackets."""
+
+    def told(runs):
+        every = ", ".join(f"{value:.3f}" for value in after(runs, score))
+        return mean(runs, lambda run: run[score]["after"], "{:.3f}") + (f" ({every})" if len(runs) > 1 else "")
+
+    return told
+
+
+COLUMNS = {
+    "CER": each("cer"),
+    "spelling aside": each("normalized_cer"),
+    "exact match": lambda runs: mean(runs, lambda run: 100 * run["exact_match"]["after"], "{:.1f}%"),
+    "samples/s": lambda runs: mean(runs, lambda run: run["samples_per_s"], "{:.0f}"),
+}
+
+
+def cells(row):
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def fill(text, panels):
+    """A page with the numbers in each table after a line like `<!-- table: rank, alpha -->`, which names panels.
+
+    The table has one row for each setting of these panels; in the columns that COLUMNS names, its cells are replaced.
+    """
+
+    def filled(match):
+        settings = [setting for name in match["names"].split(", ") for setting in panels[name]]
+        header, line, *rows = match["table"].splitlines()
+        names, new = cells(header), []
+        for row, (_, runs) in zip(rows, settings, strict=True):
+            told = [
+                COLUMNS[name](runs) if name in COLUMNS else old for name, old in zip(names, cells(row), strict=True)
             ]
-            print(f"| {' | '.join(cells)} |")
+            new.append(f"| {' | '.join(told)} |")
+        return "\n".join([match["marker"], header, line, *new, ""])
+
+    return re.sub(r"(?P<marker><!-- table: (?P<names>.*) -->\n)\n(?P<table>(\|.*\n)+)", filled, text)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("docs/images"))
-    parser.add_argument("--tables", action="store_true")
+    parser.add_argument("--fill", type=Path, nargs="+", default=[], help="pages whose tables get the numbers")
     options = parser.parse_args()
     results = Results(options.results)
     panels = results.panels()
-    if options.tables:
-        return tables(panels)
+    for page in options.fill:
+        page.write_text(fill(page.read_text(encoding="utf-8"), panels), encoding="utf-8")
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
     options.folder.mkdir(parents=True, exist_ok=True)
+    ended = {name: [setting for setting in panel if setting[1]] for name, panel in panels.items()}
     with plt.rc_context(STYLE):  # white behind it, so that it looks the same on a dark page
         for name, figure in (
-            ("images-and-batches", image_figure(plt, panels, results.area)),
-            ("rank-and-rate", rank_figure(plt, panels)),
+            ("images-and-batches", image_figure(plt, ended, results.area)),
+            ("rank-and-rate", rank_figure(plt, ended)),
         ):
             file = options.folder / f"{name}.png"
             figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
