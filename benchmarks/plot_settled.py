@@ -163,6 +163,7 @@ def each(score):
 
 
 COLUMNS = {
+    "CER before": lambda runs: mean(runs, lambda run: run["cer"]["before"], "{:.3f}"),
     "CER": each("cer"),
     "spelling aside": each("normalized_cer"),
     "exact match": lambda runs: mean(runs, lambda run: 100 * run["exact_match"]["after"], "{:.1f}%"),
@@ -200,6 +201,8 @@ def main():
     parser.add_argument("folder", type=Path, nargs="?", default=Path("docs/images"))
     parser.add_argument("--fill", type=Path, nargs="+", default=[], help="pages whose tables get the numbers")
     options = parser.parse_args()
+    if json.loads(options.results.read_text(encoding="utf-8")).get("tiny"):
+        parser.error(f"{options.results} is of a tiny run, which says nothing")
     results = Results(options.results)
     panels = results.panels()
     for page in options.fill:
