@@ -324,3 +324,11 @@ def test_few_steps_say_how_many_rows_they_need(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "2 steps of 2 need 3 of 8 rows to train on\n" in said
     assert "1 of the held-out images show formulas" in said and run.notes == {"rows_of_seen_formulas": 1}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "side"), [({"patch_size": 7, "merge_size": 2}, 14), ({"patch_size": {}}, 28), ({}, 28)]
+)
+def test_the_processor_tells_how_large_a_token_is(sizes, side):
+    assert rows.token_side(SimpleNamespace(image_processor=SimpleNamespace(**sizes))) == side
+    assert rows.token_side(None) == 28, "check may run without a model"
