@@ -24,21 +24,23 @@ from qwen_vl_kit import graph_reading, kernels, run
 from qwen_vl_kit.memory import TooLarge, free_memory, is_shortage
 from qwen_vl_kit.sentences import fail, first_line
 
-# Lengths are rounded up to a multiple of the first number, above the second of the last.
+# Lengths are rounded up to a multiple of the first number, above the second of the last. A long run takes half of that:
+# more sizes to record, and less padding to compute.
 TOKENS, PATCHES = (64, 512, 128), (64, 512, 256)
-MOST = 24  # sizes that a stack keeps recorded
+LONG = 3000  # samples of a run
+MOST = 32  # sizes that a stack keeps recorded
 NOTHING_RANDOM = {"preserve_rng_state": False}  # asking for that state would end a recording
 FEWEST_STEPS = 10  # in shorter runs, recording takes longer than it saves
-LEAST_MEMORY = 32e9  # of the GPU: smaller ones, which are slower as well, have not been tried
+LEAST_MEMORY = 20e9  # of the GPU: smaller ones are so slow that launching is little beside computing
 # How far loss and gradients may be from those of the model as it is, as a share. Rounding alone makes 0.01% and 5% in
 # bf16 (7B, random weights, H200); a mask or a position that is wrong makes far more.
 TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.01, 0.1), torch.float16: (0.01, 0.1)}
 
 
-def rounded(length, steps):
-    """`length` rounded up to one of few sizes; `steps` is TOKENS or PATCHES."""
+def rounded(length, steps, long):
+    """`length` rounded up to one of few sizes; `steps` is TOKENS or PATCHES, `long` whether the run is."""
     fine, limit, coarse = steps
-    multiple = fine if length <= limit else coarse
+    multiple = (fine if length <= limit else coarse) // (2 if long else 1)
     return -(-length // multiple) * multiple
 
 
@@ -274,10 +276,10 @@ class Recorder:
 
 
 class Stack:
-    """A stack and its graphs: {size: graph}. `sizes` counts how often each size was met."""
+    """A stack and its graphs: {size: graph}. `sizes` counts how often each size was met; `long` is as in `rounded`."""
 
-    def __init__(self, stack, recompute, weights, record):
-        self.stack, self.recompute, self.weights, self.record = stack, recompute, weights, record
+    def __init__(self, stack, recompute, weights, record, long=False):
+        self.stack, self.recompute, self.weights, self.record, self.long = stack, recompute, weights, record, long
         self.graphs, self.sizes, self.left_out, self.failure = {}, {}, set(), None
         self.pointers = [parameter.data_ptr() for parameter in self.weights.all]
         self.anchor = torch.zeros((), device=next(stack.parameters()).device, requires_grad=True)
@@ -326,7 +328,7 @@ def through_text(model, stack, forward, inputs_embeds=None, attention_mask=None,
     if attention_mask is not None and not attention_mask[:, 0].all():  # padded on the left
         return forward(**given)
     length = inputs_embeds.shape[1]
-    more = rounded(length, TOKENS) - length
+    more = rounded(length, TOKENS, stack.long) - length
     hidden = functional.pad(inputs_embeds, (0, 0, 0, more))
     positions = functional.pad(position_ids[-3:], (0, more))  # before these, there may be a row of the text's own
     hidden = stack(hidden, *model.rotary_emb(hidden, positions))
@@ -340,7 +342,7 @@ def through_vision(model, stack, forward, hidden_states, grid_thw, **others):
     if not (model.training and torch.is_grad_enabled()):
         return forward(hidden_states, grid_thw, **others)
     lengths = grid_thw.prod(dim=-1)
-    images, patches = len(lengths), rounded(int(lengths.max()), PATCHES)
+    images, patches = len(lengths), rounded(int(lengths.max()), PATCHES, stack.long)
     real = torch.arange(patches, device=lengths.device) < lengths[:, None]
     places = real.flatten().nonzero().flatten()
     hidden = model.patch_embed(hidden_states)
@@ -367,8 +369,8 @@ STACKS = {
 class Graphs:
     """The graphs of a model, in its place between `attach` and `release`."""
 
-    def __init__(self, model, dtype, recompute, recorder=Recorder):
-        self.model, self.dtype, self.recompute, self.recorder = model, dtype, recompute, recorder
+    def __init__(self, model, dtype, recompute, recorder=Recorder, long=False):
+        self.model, self.dtype, self.recompute, self.recorder, self.long = model, dtype, recompute, recorder, long
         self.dequantized, self.stacks, self.replaced = False, [], []
 
     def attach(self):
@@ -376,7 +378,7 @@ class Graphs:
             stack, through = STACKS[type(part).__name__]
             stack = stack(part)
             weights = Weights(stack, self.dtype, self.dequantized)
-            self.stacks.append(Stack(stack, self.recompute, weights, self.recorder(self.dtype)))
+            self.stacks.append(Stack(stack, self.recompute, weights, self.recorder(self.dtype), self.long))
             self.replaced.append((part, vars(part).get("forward")))  # Unsloth's, if it has put one there
             part.forward = bound(through, part, self.stacks[-1], part.forward)
 

@@ -413,7 +413,8 @@ class Attempts:
             torch.cuda.reset_peak_memory_stats()
         if recorded:
             dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
-            self.trainer.graphs = graphs.Graphs(self.trainer.model, dtype, recompute=layout[2])
+            long = self.args.max_steps * self.args.batch_size >= graphs.LONG
+            self.trainer.graphs = graphs.Graphs(self.trainer.model, dtype, recompute=layout[2], long=long)
         try:
             return self.trainer.train(resume_from_checkpoint=checkpoint)
         except RuntimeError as error:

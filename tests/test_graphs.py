@@ -244,6 +244,6 @@ def test_who_can_use_them(model, monkeypatch):
 
 
 def test_lengths_are_rounded_to_few():
-    assert [graphs.rounded(length, graphs.TOKENS) for length in (1, 64, 65, 512, 513, 641)] == [
-        64, 64, 128, 512, 640, 768,
-    ]  # fmt: skip
+    lengths = (1, 32, 33, 64, 65, 512, 513, 641)
+    assert [graphs.rounded(length, graphs.TOKENS, False) for length in lengths] == [64, 64, 64, 64, 128, 512, 640, 768]
+    assert [graphs.rounded(length, graphs.TOKENS, True) for length in lengths] == [32, 32, 64, 64, 96, 512, 576, 704]
