@@ -171,7 +171,6 @@ def load_processor(options):
 
 
 processor = load_processor(options)
-token_side = hasattr(sizes := processor.image_processor, "merge_size") and sizes.patch_size * sizes.merge_size or 28
 question = {"role": "user", "content": [{"type": "text", "text": options.instruction}, {"type": "image"}]}
 answer = {"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]}
 prompt = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
@@ -200,8 +199,9 @@ def choose_rows(rows, wanted, held_out, options):
     for number in random.Random(options.seed).sample(range(len(rows)), len(rows)):
         if len(lengths) < wanted:
             image, text = map(rows[number].get, (options.image_column, options.text_column))
-            if (digest := hash(image.tobytes())) not in held_out:
-                lengths[number] = image.width * image.height / token_side**2 + len(text) / 2
+            digest = hash(image.tobytes())
+            if digest not in held_out:
+                lengths[number] = image.width * image.height / 28**2 + len(text) / 2
                 digests.add(digest)
     return lengths, digests
 
