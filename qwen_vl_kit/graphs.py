@@ -31,7 +31,7 @@ LONG = 3000  # samples of a run
 MOST = 32  # sizes that a stack keeps recorded
 NOTHING_RANDOM = {"preserve_rng_state": False}  # asking for that state would end a recording
 FEWEST_STEPS = 10  # in shorter runs, recording takes longer than it saves
-LEAST_MEMORY = 20e9  # of the GPU: smaller ones are so slow that launching is little beside computing
+LEAST_MEMORY = 20e9  # of the GPU: 22 GiB held the graphs of the 7B's default step; with less, smaller micro-batches
 # How far loss and gradients may be from those of the model as it is, as a share. Rounding alone makes 0.01% and 5% in
 # bf16 (7B, random weights, H200); a mask or a position that is wrong makes far more.
 TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.01, 0.1), torch.float16: (0.01, 0.1)}

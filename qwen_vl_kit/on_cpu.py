@@ -1,7 +1,7 @@
 """On a CPU: a step of a small model is many small operations, and some of them can be left out.
 
-`models` and `reader` have a model use this. Weights in 4 bits are dequantized once, not at each use;
-what adapters add is neither copied nor multiplied by 1. The results are the same, bit for bit.
+`models` and `reader` have a model use this. Weights in 4 bits are dequantized once, not at each use; what adapters add
+is neither copied nor multiplied by 1. The results are the same, bit for bit.
 """
 
 import torch
