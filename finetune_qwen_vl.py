@@ -171,6 +171,8 @@ def load_processor(options):
 
 
 processor = load_processor(options)
+sizes = processor.image_processor
+token_side = sizes.patch_size * sizes.merge_size if hasattr(sizes, "merge_size") else 28  # pixels across an image token
 question = {"role": "user", "content": [{"type": "text", "text": options.instruction}, {"type": "image"}]}
 answer = {"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]}
 prompt = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
@@ -199,9 +201,8 @@ def choose_rows(rows, wanted, held_out, options):
     for number in random.Random(options.seed).sample(range(len(rows)), len(rows)):
         if len(lengths) < wanted:
             image, text = map(rows[number].get, (options.image_column, options.text_column))
-            digest = hash(image.tobytes())
-            if digest not in held_out:
-                lengths[number] = image.width * image.height / 28**2 + len(text) / 2
+            if (digest := hash(image.tobytes())) not in held_out:
+                lengths[number] = image.width * image.height / token_side**2 + len(text) / 2
                 digests.add(digest)
     return lengths, digests
 
@@ -228,8 +229,7 @@ train_rows, test_rows = splits[options.dataset_train_split], splits[test_split]
 test_lengths, held_out = choose_rows(test_rows, options.num_test_rows, set(), options)
 wanted = inf if options.num_train_epochs else (options.max_steps + 16) * options.batch_size  # 16: see order_rows
 train_lengths, _ = choose_rows(train_rows, wanted, held_out, options)
-if options.num_train_epochs:
-    options.max_steps = ceil(options.num_train_epochs * ceil(len(train_lengths) / options.batch_size))
+options.max_steps = ceil(options.num_train_epochs * ceil(len(train_lengths) / options.batch_size)) or options.max_steps
 order = order_rows(train_lengths, options)
 print(f"{options.dataset_name}: {len({*order}):,} rows to train on, {len(test_lengths):,} others held out")
 

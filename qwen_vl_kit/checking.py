@@ -52,12 +52,14 @@ def check(wanted):
     parts = {}
     for split, these in splits.items():
         if {wanted.image_column, wanted.text_column} <= {*these.column_names}:
-            parts[split] = of_split(split, these, wanted, special, tokenizer)
+            parts[split] = of_split(split, these, wanted, special, tokenizer, rows.token_side(processor))
     together = across(parts, wanted)
     about = "" if tokenizer else "about "
     for part in parts.values():
         part["spelled"] = spelled_in(part)
     lines = [line for part in parts.values() for line in told(part, about, wanted)] + together
+    counted = wanted.model_name_or_path or "Qwen2-VL, by estimate (--model_name_or_path counts those of another model)"
+    lines.append(f"Tokens are those of {counted}.")
     print("\n".join(["", *lines]))
     wanted.output.parent.mkdir(parents=True, exist_ok=True)
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template("check.html.j2"))
@@ -67,16 +69,16 @@ def check(wanted):
     return all(part["usable"] for part in parts.values())
 
 
-def look_at(row, options, special, tokenizer):
+def look_at(row, options, special, tokenizer, side):
     # Lengths are counted here: without a model, `rows` could not.
     looked = rows.look_at(row, SimpleNamespace(**vars(options) | {"max_length": None}), special)
     text = row[options.text_column]
     if looked.refused:
         return Found(looked, 0, 0, "", "", "")
     height, width = max(looked.height, 1), max(looked.width, 1)
-    high, wide = smart_resize(height, width, 28, options.min_pixels, options.max_pixels or LARGEST)
+    high, wide = smart_resize(height, width, side, options.min_pixels, options.max_pixels or LARGEST)
     written = len(tokenizer(text, add_special_tokens=False).input_ids) if tokenizer else len(text) // 2
-    tokens = high * wide // 28**2 + written + CHAT
+    tokens = high * wide // side**2 + written + CHAT
     if options.max_length and tokens > options.max_length:
         refused = rows.Unusable(f"more than {options.max_length:,} tokens", f" ({tokens:,})")
         looked = looked._replace(refused=refused)
@@ -85,10 +87,10 @@ def look_at(row, options, special, tokenizer):
     return Found(looked, tokens, hash("".join(text.split())), around(text), spacing, beyond)
 
 
-def of_split(split, these, options, special, tokenizer):
+def of_split(split, these, options, special, tokenizer, side):
     """What is found in a split, as the page and the terminal have it."""
     decoded, these = these, these.cast_column(options.image_column, Image(decode=False))
-    look = partial(look_at, options=options, special=special, tokenizer=tokenizer)
+    look = partial(look_at, options=options, special=special, tokenizer=tokenizer, side=side)
     bad, sizes, tokens, spellings, letters = defaultdict(list), Counter(), Counter(), Counter(), Counter()
     images, wholes, formulas, first, spacings = {}, Counter(), set(), [], Counter()
     same, conflicts = [], []

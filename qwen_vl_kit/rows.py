@@ -80,6 +80,12 @@ def with_pictures(splits, options):
     return splits.cast_column(column, Picture())
 
 
+def token_side(processor):
+    """How many pixels wide and high an image token is, as the script has it: 28, as in Qwen2-VL, if nothing tells."""
+    images = getattr(processor, "image_processor", None)
+    return images.patch_size * images.merge_size if hasattr(images, "merge_size") else 28
+
+
 def tokens_of(picture, text):
     """How many tokens the sample of a row is, from the question to the end of the answer."""
     question = [{"type": "text", "text": run.options.instruction}, {"type": "image"}]
@@ -181,6 +187,7 @@ def pick(rows, wanted, excluded, options, kind, done=()):
     order = (number for number in random.Random(options.seed).sample(range(len(rows)), len(rows)) if number not in done)
     look = partial(look_at, options=options, special_tokens=special_tokens)
     split, column = str(rows.split), options.image_column
+    side = token_side(run.processor)
     kept = keep(rows, options, special_tokens) if total > looking.ALONE else None
     with tqdm(desc=f"Checking {kind} rows", total=total, leave=False) as bar:
         for number, looked in looking.look(rows, order, look, wanted, kept):
@@ -189,7 +196,7 @@ def pick(rows, wanted, excluded, options, kind, done=()):
                 name = name_of(rows[number], number, split, column)
                 skipped.append((reason, {"row": number, "split": split, "name": name, "reason": str(reason)}))
                 continue
-            lengths[number] = looked.width * looked.height / 28**2 + looked.characters / 2
+            lengths[number] = looked.width * looked.height / side**2 + looked.characters / 2
             digests.add(looked.digest)
             run.digests[kind, number] = looked.whole
             bar.update()

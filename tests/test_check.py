@@ -5,14 +5,15 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 from datasets import Dataset
 from test_sources import TEXTS, images, picture, table
 
-from qwen_vl_kit import check
-from qwen_vl_kit.checking import around, spelled_in
+from qwen_vl_kit import check, run
+from qwen_vl_kit.checking import CHAT, around, look_at, spelled_in
 
 
 def test_everything_is_told_and_named(tmp_path, capsys):
@@ -57,6 +58,16 @@ def test_the_demo_as_users_type_it(tmp_path):
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "rows can be used" in ended.stdout and re.search(r"tokens: \d+, at most", ended.stdout), "not about: counted"
     assert "Traceback" not in ended.stderr
+    assert "Tokens are those of demo/model." in ended.stdout
+
+
+def test_image_tokens_are_as_large_as_the_model_has_them():
+    row = {"image": {"bytes": picture(1), "path": None}, "text": "x"}
+    wanted = {"image_column": "image", "text_column": "text", "max_length": None, "max_characters": 9}
+    wanted = SimpleNamespace(**wanted, min_pixels=30_000, max_pixels=None)
+    run.extra = wanted
+    large, small = (look_at(row, wanted, [], None, side).tokens - CHAT for side in (28, 14))
+    assert 30_000 / 28**2 <= large < 60 and 30_000 / 14**2 <= small < 200
 
 
 def test_nothing_that_can_be_used_is_an_error(tmp_path):

@@ -127,7 +127,7 @@ def test_the_script_is_short():
 ELSEWHERE = ("-m venv", "pip install", "hf auth", "--push_to_hub", "kit page", "-m pytest", "<your-repo-url>")
 ON_A_GPU = ".venv/bin/python finetune_qwen_vl.py"  # nothing behind it: the 7B
 # The demo is shorter here. After so many steps a merge can be told from the base model.
-SHORTER = {"--config demo/config.yaml": "--config demo/config.yaml --max_steps 80 --num_test_rows 40"}
+SHORTER = {"--config demo/config.yaml": "--config demo/config.yaml --max_steps 140 --num_test_rows 40"}
 
 
 @pytest.fixture(scope="module")

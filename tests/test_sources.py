@@ -308,7 +308,9 @@ def test_special_tokens_are_still_asked_of_the_processor(tmp_path, monkeypatch):
     run.processor = AutoProcessor.from_pretrained(ROOT / "demo/model")
     options = SimpleNamespace(image_column="image", text_column="text", max_length=None, seed=0)
     loaded = load_dataset("csv", data_files=str(file), split="train").cast_column("image", rows.Image(decode=False))
-    assert 0 not in rows.pick(loaded, math.inf, set(), options, "training")[0]
+    lengths, _, _ = rows.pick(loaded, math.inf, set(), options, "training")
+    assert 0 not in lengths
+    assert min(lengths.values()) > 90 * 40 / 14**2, "the demo's tokens are 14 pixels wide, not 28"
 
 
 def test_few_steps_say_how_many_rows_they_need(monkeypatch, capsys):
@@ -324,3 +326,11 @@ def test_few_steps_say_how_many_rows_they_need(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "2 steps of 2 need 3 of 8 rows to train on\n" in said
     assert "1 of the held-out images show formulas" in said and run.notes == {"rows_of_seen_formulas": 1}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "side"), [({"patch_size": 7, "merge_size": 2}, 14), ({"patch_size": {}}, 28), ({}, 28)]
+)
+def test_the_processor_tells_how_large_a_token_is(sizes, side):
+    assert rows.token_side(SimpleNamespace(image_processor=SimpleNamespace(**sizes))) == side
+    assert rows.token_side(None) == 28, "check may run without a model"
