@@ -67,7 +67,7 @@ def place(tmp_path_factory, hub):
     processor = AutoProcessor.from_pretrained(ROOT / "demo/model")
     processor.tokenizer.padding_side = "right"
     processor.save_pretrained(place / "base")
-    options = ["--config", "demo/config.yaml", "--max_steps", "140", "--num_test_rows", "64", "--min_pixels", "8000"]
+    options = ["--config", "demo/config.yaml", "--max_steps", "200", "--num_test_rows", "64", "--min_pixels", "6000"]
     options += ["--model_name_or_path", place / "base", "--output_dir", place / "outputs", "--save_merged", "true"]
     options += ["--push_to_hub", "true", "--hub_model_id", "somebody/latex", "--hub_token", "hf_secret"]
     with pytest.MonkeyPatch.context() as patch:
