@@ -113,3 +113,20 @@ def test_the_model_is_a_small_qwen2_vl():
     processor = AutoProcessor.from_pretrained(ROOT / "demo/model")
     assert processor.image_processor.patch_size == 7
     assert (ROOT / "demo/model/model.safetensors").stat().st_size < 20e6
+
+
+def test_the_maker_measures_as_the_kit_does():
+    """Against readings that are right, and right but for one character of one formula."""
+    model, processor = training.load(ROOT / "demo/model")
+    rows = load_dataset(str(ROOT / "demo/data"))["test"].select(range(6))
+    images = [image.convert("RGB") for image in rows["image"]]
+    held = training.Held.__new__(training.Held)
+    held.sets = {"demo": (images[:4], list(rows["text"])[:4]), "rest": (images[4:], list(rows["text"])[4:])}
+    line, read = held.measure(model, processor)
+    assert line.count("exact 0.0%") == 2 and "CER 0.0" not in line, "blackboards, which this model can't read"
+    assert [len(texts) for texts in read.values()] == [4, 2]
+    right = ["".join(text.split()) for text in read["demo"]]
+    held.sets = {"demo": (images[:4], ["x" + right[0], *right[1:]]), "rest": (images[4:], read["rest"])}
+    wrong = 1 / (1 + sum(map(len, right)))
+    said = f"demo CER {wrong:.4f} exact 75.0%, rest CER 0.0000 exact 100.0%"
+    assert held.measure(model, processor)[0] == said

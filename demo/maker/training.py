@@ -21,10 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from rapidfuzz.distance import Levenshtein
 
 from maker import INSTRUCTION, blank, feed, formulas, wear
 from maker.forward import Forward, resize, resized_to
+from qwen_vl_kit.reader import Reader
+from qwen_vl_kit.scores import compare
 
 
 @dataclass
@@ -101,39 +102,6 @@ def shares(progress, stage):
     return {"sign": 0.02, "short": 0.04, "middle": 0.09, "print": 0.65, "other": 0.2}
 
 
-def scores(texts, references):
-    """Character error rate (edit distance over reference length) and exact match, both without spaces."""
-    pairs = [
-        (formulas.squeezed(text), formulas.squeezed(reference))
-        for text, reference in zip(texts, references, strict=True)
-    ]
-    errors = [Levenshtein.distance(*pair) for pair in pairs]
-    return sum(errors) / sum(len(reference) for _, reference in pairs), errors.count(0) / len(errors)
-
-
-def read(model, processor, images, most_tokens=160, batch_size=512):
-    """Greedy reading of PIL images through the library's own processor and `generate`: a list of LaTeX strings."""
-    content = [{"type": "text", "text": INSTRUCTION}, {"type": "image"}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    order = sorted(range(len(images)), key=lambda number: images[number].width * images[number].height)
-    texts = [""] * len(images)
-    for start in range(0, len(images), batch_size):
-        chosen = order[start : start + batch_size]
-        inputs = processor(
-            text=[prompt] * len(chosen),
-            images=[images[number] for number in chosen],
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device)
-        with torch.inference_mode():
-            out = model.generate(**inputs, max_new_tokens=most_tokens, do_sample=False)
-        said = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for number, text in zip(chosen, said, strict=True):
-            texts[number] = text
-    return texts
-
-
 def save(model, processor, folder):
     """Write the model as bfloat16, aside first: a run that is stopped leaves the last whole one."""
     aside = folder.with_name(folder.name + ".new")
@@ -173,13 +141,16 @@ class Held:
 
     def measure(self, model, processor):
         """One line of scores, and the readings of each set."""
-        model.eval()
-        together = read(model, processor, [image for images, _ in self.sets.values() for image in images])
+        reader = Reader(None, model, processor, INSTRUCTION, feed.MOST_TOKENS, 512)
+        together = reader.read([image for images, _ in self.sets.values() for image in images])
         line, readings = [], {}
         for name, (images, references) in self.sets.items():
-            texts = readings[name] = [together.pop(0) for _ in images]
-            error, exact = scores(texts, references)
-            line.append(f"{name} CER {error:.4f} exact {exact:.1%}")
+            judged = [together.pop(0)._asdict() for _ in images]
+            for reading, reference in zip(judged, references, strict=True):
+                compare(reference, reading)
+            errors, lengths = ([reading[what] for reading in judged] for what in ("errors", "length"))
+            line.append(f"{name} CER {sum(errors) / sum(lengths):.4f} exact {errors.count(0) / len(errors):.1%}")
+            readings[name] = [reading["text"] for reading in judged]
         return ", ".join(line), readings
 
 
