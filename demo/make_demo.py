@@ -9,8 +9,8 @@ What comes out:
 - `demo/model`: a Qwen2-VL of the true architecture (2 x 2 merging, M-RoPE, the chat template and special tokens of the
   real one; patches of 7 pixels, since print is small), 9.5 million parameters, trained here from scratch to read
   *printed* formulas, drawn as a public printed set was drawn and with the statistics of its formulas, but with none of
-  its texts and images. The one in the repository took 7.5 minutes of an H200 with 15 processes drawing (5,062
-  steps, 1.7 million samples; `--seconds 470`).
+  its texts and images. The one in the repository took 7.5 minutes on an H200, with 15 processes drawing (5,062
+  steps, 1.7 million samples; `--seconds 470 --measure 500`).
 - `demo/data`: photographs of a school's blackboard, chalk on green. The base model can't read them, and fine-tuning
   has to teach it. `train` and `test` in the layout of the Hugging Face hub.
 

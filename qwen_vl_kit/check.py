@@ -22,7 +22,7 @@ def parse(arguments, prog):
     parser.add_argument("--text_column", default="text", help="the column of their LaTeX")
     parser.add_argument("--dataset_train_split", default="train", help="the split to train on")
     parser.add_argument("--dataset_test_split", default="test", help="the split to measure on")
-    tokens = "a model whose tokenizer counts the tokens (default: none, and they are about that many)"
+    tokens = "a model that counts its tokens (default: none, and they are about those of Qwen2-VL)"
     parser.add_argument("--model_name_or_path", metavar="MODEL", help=tokens)
     parser.add_argument("--max_length", type=positive, metavar="N", help="rows of more tokens are left out")
     parser.add_argument("--max_characters", type=positive, default=4000, metavar="N", help="the same of characters")

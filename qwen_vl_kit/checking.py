@@ -53,13 +53,11 @@ def check(wanted):
     for split, these in splits.items():
         if {wanted.image_column, wanted.text_column} <= {*these.column_names}:
             parts[split] = of_split(split, these, wanted, special, tokenizer, rows.token_side(processor))
-    together = across(parts, wanted)
+    together = [*across(parts, wanted), counted(processor, wanted.model_name_or_path)]
     about = "" if tokenizer else "about "
     for part in parts.values():
         part["spelled"] = spelled_in(part)
     lines = [line for part in parts.values() for line in told(part, about, wanted)] + together
-    counted = wanted.model_name_or_path or "Qwen2-VL, by estimate (--model_name_or_path counts those of another model)"
-    lines.append(f"Tokens are those of {counted}.")
     print("\n".join(["", *lines]))
     wanted.output.parent.mkdir(parents=True, exist_ok=True)
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template("check.html.j2"))
@@ -67,6 +65,13 @@ def check(wanted):
     wanted.output.write_text(page, encoding="utf-8")
     print(f"\nThe rows by name, and the first images, are in {wanted.output}.")
     return all(part["usable"] for part in parts.values())
+
+
+def counted(processor, model):
+    """How tokens were counted, as a sentence."""
+    side = rows.token_side(processor)
+    text = f"as {model} does" if model else "by estimate; --model_name_or_path names a model that counts its own"
+    return f"Tokens: an image has one for every {side} x {side} pixels; text is counted {text}."
 
 
 def look_at(row, options, special, tokenizer, side):

@@ -58,7 +58,8 @@ def test_the_demo_as_users_type_it(tmp_path):
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "rows can be used" in ended.stdout and re.search(r"tokens: \d+, at most", ended.stdout), "not about: counted"
     assert "Traceback" not in ended.stderr
-    assert "Tokens are those of demo/model." in ended.stdout
+    counted = "Tokens: an image has one for every 14 x 14 pixels; text is counted as demo/model does."
+    assert counted in ended.stdout and counted in (tmp_path / "a.html").read_text()
 
 
 def test_image_tokens_are_as_large_as_the_model_has_them():

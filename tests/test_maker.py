@@ -33,6 +33,17 @@ def test_recombined_formulas_are_whole():
         assert formulas.groups(latex.split()) is not None
 
 
+@pytest.mark.parametrize("kind", feed.KINDS)
+def test_no_formula_that_the_demo_holds_out_is_written(kind):
+    """Neither by the grammar nor from parts of real formulas: these are all of such a formula."""
+    held_out = [text for text in load_dataset(str(ROOT / "demo/data"))["test"]["text"] if len(text.split()) > 4]
+    recombiner, rng = formulas.Recombiner([*TEXTS, "a = b + c = d", *held_out]), random.Random(0)
+    anyway = [feed.write_any(kind, rng, recombiner) for _ in range(1000)]
+    assert any(map(formulas.is_held_out, filter(None, anyway))) or kind == "sign"
+    written = [*filter(None, (feed.write(kind, rng, recombiner) for _ in range(1000)))]
+    assert len(written) > 50 and not any(map(formulas.is_held_out, written))
+
+
 def test_roles_count_arguments():
     tokens = [r"\frac", r"{", r"a", r"}", r"{", r"b", r"}", r"_", r"{", r"c", r"}", r"{", r"d", r"}"]
     assert [role for role, _, _ in formulas.groups(tokens)] == [(r"\frac", 1), (r"\frac", 2), ("_", 1), ("", 1)]

@@ -29,6 +29,12 @@ def is_held_out(latex):
 
 
 def write(kind, rng, recombiner):
+    """A formula of this kind, or None: some attempts come to nothing, and none that the demo holds out are written."""
+    latex = write_any(kind, rng, recombiner)
+    return None if latex is None or formulas.is_held_out(latex) else latex
+
+
+def write_any(kind, rng, recombiner):
     """A formula of this kind, or None."""
     if kind == "sign":
         if rng.random() < 0.25:
@@ -36,8 +42,7 @@ def write(kind, rng, recombiner):
         return " ".join(recombiner.sign(rng))
     if kind == "other" and rng.random() < 0.5 or kind in LONGEST and rng.random() < 0.2:
         longest = LONGEST.get(kind, 150)
-        latex = formulas.draw_formula(rng, (0, 1, 0, 0) if kind in LONGEST else (0, 2, 2, 1), longest=longest)
-        return None if formulas.is_held_out(latex) else latex  # those of the demo, too
+        return formulas.draw_formula(rng, (0, 1, 0, 0) if kind in LONGEST else (0, 2, 2, 1), longest=longest)
     if kind in LONGEST:
         return " ".join(recombiner.piece(rng, LONGEST[kind]))
     tokens = recombiner.formula(rng)
